@@ -1,0 +1,36 @@
+"""The replay buffer as a Ray actor: holds values, so that no rollout is lost with the worker that made it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlsys.actors.remote import answer
+from rlsys.buffer.replay import BufferCounts, ReplayBuffer, Take
+from rlsys.errors import RlsysError
+from rlsys.records import RolloutGroup, Version
+
+
+class BufferActor(ReplayBuffer):
+    """Async methods, so Ray runs it as an async actor: a waiting ``take`` does not hold up a ``put``."""
+
+    def __repr__(self) -> str:
+        return "ReplayBuffer"
+
+
+class RayBuffer:
+    """The controller's handle."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def put(self, group: RolloutGroup) -> None:
+        await answer(self._actor.put.remote(group), "the replay buffer", RlsysError)
+
+    async def take(self, num_groups: int, step: int, wait_s: float) -> Take:
+        return await answer(self._actor.take.remote(num_groups, step, wait_s), "the replay buffer", RlsysError)
+
+    async def commit(self, lease_id: int, version: Version) -> None:
+        await answer(self._actor.commit.remote(lease_id, version), "the replay buffer", RlsysError)
+
+    async def counts(self) -> BufferCounts:
+        return await answer(self._actor.counts.remote(), "the replay buffer", RlsysError)

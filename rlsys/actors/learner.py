@@ -1,0 +1,111 @@
+"""The learner: one Ray actor per rank, driven as one."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from rlsys.actors.remote import answer
+from rlsys.batch.tensors import Batch, RankBatch
+from rlsys.errors import Diverged, LearnerFailed
+from rlsys.records import Probe, StepReport, TensorEntry, Version, WeightVersion
+from rlsys.weights.probe import probe_sequences
+
+
+class LearnerActor:
+    """A rank. A plain actor: calls run one after another, in the order in which they were sent."""
+
+    def __init__(self, rank: int, arguments: dict[str, Any], engine_dtype: str) -> None:
+        from rlsys.train.learner import LearnerRank
+
+        self._rank, self._engine_dtype = rank, engine_dtype
+        self._learner = LearnerRank(**arguments)
+        self._probe_ids: tuple[Any, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"LearnerRank({self._rank})"
+
+    def address(self) -> tuple[str, int]:
+        """Where the ranks can meet: this node, and a port that is free now. Imports are done by then."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = int(free.getsockname()[1])
+        return ray.util.get_node_ip_address(), port
+
+    def start(self, world_size: int, master_addr: str, master_port: int, seed: int) -> None:
+        self._learner.start(self._rank, world_size, master_addr, master_port)
+        self._probe_ids = probe_sequences(self._learner.vocab_size, seed)
+
+    def step(self, batch: RankBatch) -> dict[str, float]:
+        return self._learner.step(batch)
+
+    def export(self, segment: str) -> tuple[tuple[TensorEntry, ...], Probe]:
+        """Write the weights (rank 0), and answer the probe (every rank: a collective under ZeRO-3)."""
+        import torch
+
+        from rlsys.weights.segment import SegmentWriter
+
+        writer = SegmentWriter(segment, getattr(torch, self._engine_dtype)) if self._rank == 0 else None
+        self._learner.export(writer.write if writer is not None else _write_nothing)
+        entries = writer.finish() if writer is not None else ()
+        logprobs = self._learner.probe_logprobs(self._probe_ids)
+        return entries, Probe(token_ids=self._probe_ids, logprobs=tuple(logprobs))
+
+    def save(self, folder: str) -> None:
+        self._learner.save_hf(folder)
+
+
+class RayLearner:
+    """The controller's handle on all ranks.
+
+    Args:
+        actors: one per rank, in order.
+        incarnation: of the versions it makes.
+    """
+
+    def __init__(self, actors: Sequence[Any], version: Version) -> None:
+        self._actors = list(actors)
+        self._version = version
+        self._probe: Probe | None = None
+
+    async def start(self, seed: int) -> None:
+        """Imports first, on every rank: a rank that still imports when the others meet makes them time out."""
+        addresses = await self._all("import", [actor.address.remote() for actor in self._actors])
+        host, port = addresses[0]
+        world_size = len(self._actors)
+        await self._all("start", [actor.start.remote(world_size, host, port, seed) for actor in self._actors])
+
+    async def step(self, batch: Batch) -> StepReport:
+        metrics = await self._all(
+            "train", [actor.step.remote(batch.for_rank(rank)) for rank, actor in enumerate(self._actors)]
+        )
+        self._version = self._version.next()
+        return StepReport(version=self._version, metrics=metrics[0])
+
+    async def export(self, segment: str, version: Version) -> WeightVersion:
+        entries, probe = (await self._all("export", [actor.export.remote(segment) for actor in self._actors]))[0]
+        previous, self._probe = self._probe, probe
+        return WeightVersion(version=version, segment=segment, tensors=entries, probe=probe, previous_probe=previous)
+
+    async def save(self, folder: str) -> None:
+        await self._all("save", [actor.save.remote(folder) for actor in self._actors])
+
+    async def _all(self, act: str, calls: Sequence[Any]) -> list[Any]:
+        """Answers of every rank. A Diverged of any rank is what is raised; else the first failure, which the others
+        followed from."""
+        who = [f"learner-{rank} ({act})" for rank in range(len(calls))]
+        answers = await asyncio.gather(
+            *(answer(call, name, LearnerFailed) for call, name in zip(calls, who, strict=True)), return_exceptions=True
+        )
+        failures = [failure for failure in answers if isinstance(failure, BaseException)]
+        for failure in sorted(failures, key=lambda failure: not isinstance(failure, Diverged)):
+            raise failure
+        return answers
+
+
+def _write_nothing(name: str, tensor: Any) -> None:
+    """Ranks above 0 take part in the gathering only."""

@@ -1,0 +1,222 @@
+"""Builds every part of a run from its configuration and wires them together. The only place that knows them all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+
+from rlsys.actors.buffer import BufferActor, RayBuffer
+from rlsys.actors.clock import WallClock
+from rlsys.actors.learner import LearnerActor, RayLearner
+from rlsys.actors.reward import RayRewardWorker, RewardActor
+from rlsys.actors.rollout import RayFleet, RolloutActor
+from rlsys.algo.advantages import ADVANTAGES
+from rlsys.algo.corrections import CORRECTIONS
+from rlsys.algo.losses import POLICY_LOSSES
+from rlsys.batch.build import build
+from rlsys.batch.pack import pack
+from rlsys.batch.tensors import Batch
+from rlsys.buffer.staleness import first_trained_step, lead_limit
+from rlsys.config.schema import Config, Row
+from rlsys.controller.deadline import within
+from rlsys.controller.loops import Loops
+from rlsys.controller.parts import Parts, PlaySpec, Sink, Source
+from rlsys.controller.plan import Plan
+from rlsys.records import RolloutGroup, Version
+from rlsys.reward.load import is_async_reward, load_reward
+from rlsys.reward.pool import GRACE_S, RewardPool
+from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
+from rlsys.weights.pool import NUM_SEGMENTS, SegmentPool
+from rlsys.weights.segment import segment_path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What was found out about the inputs before any actor starts.
+
+    Attributes:
+        model_path: local Hugging Face folder.
+        longest_prompt: tokens, over training and held-out questions.
+        pad_token_id: fills rows of a microbatch; carries no weight.
+        reward_path: import path of the reward function.
+    """
+
+    model_path: str
+    longest_prompt: int
+    pad_token_id: int
+    reward_path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """A run, ready to go."""
+
+    loops: Loops
+    learner: RayLearner
+    fleet: RayFleet
+
+
+async def build_run(config: Config, facts: Facts, source: Source, sink: Sink) -> Built:
+    """Create the actors, wait until every one is up, and hand them to the controller.
+
+    Raises RlsysError naming the part that did not come up.
+    """
+    version = Version(incarnation=0, step=0)
+    fleet = RayFleet(dict(_rollout_actors(config, facts)))
+    learner = RayLearner(_learner_actors(config, facts), version)
+    workers = _reward_workers(config, facts)
+    buffer = RayBuffer(
+        _actor(BufferActor, "buffer", cpus=0).remote(
+            max_staleness=config.rollout.max_staleness, age_policy=config.rollout.age_policy
+        )
+    )
+    rewards = asyncio.gather(*(worker.ready() for worker in workers))
+    await asyncio.gather(
+        within(config.rollout.start_timeout_s, "the rollout engines to start", fleet.start()),
+        within(config.train.start_timeout_s, "the learner to start", learner.start(config.run.seed)),
+        within(config.train.start_timeout_s, "the reward workers to start", rewards),
+    )
+    parts = Parts(
+        source=source,
+        fleet=fleet,
+        scorer=RewardPool(
+            workers,
+            timeout_s=config.reward.timeout_s,
+            max_drops_in_a_row=config.reward.max_drops_in_a_row,
+            is_async=is_async_reward(load_reward(facts.reward_path)),
+        ),
+        buffer=buffer,
+        learner=learner,
+        make_batch=partial(make_batch, config, facts),
+        segments=SegmentPool(
+            [str(segment_path(config.run.name, str(number))) for number in range(NUM_SEGMENTS)],
+        ),
+        sink=sink,
+        clock=WallClock(),
+    )
+    return Built(loops=Loops(parts, make_plan(config), version), learner=learner, fleet=fleet)
+
+
+def make_plan(config: Config) -> Plan:
+    rollout, train, reward = config.rollout, config.train, config.reward
+    batch_rollouts = train.prompts_per_batch * rollout.group_size
+    # a group may have to wait until the pool has scored everything else that may stand, each member twice at worst
+    most_groups = lead_limit(max_staleness=rollout.max_staleness, batch_rollouts=batch_rollouts) / rollout.group_size
+    score_timeout_s = 2 * rollout.group_size * (reward.timeout_s + GRACE_S) * (1 + most_groups / reward.workers)
+    return Plan(
+        steps=config.run.steps,
+        prompts_per_batch=train.prompts_per_batch,
+        max_staleness=rollout.max_staleness,
+        age_policy=rollout.age_policy,
+        slots=rollout.slots,
+        spec=PlaySpec(
+            group_size=rollout.group_size,
+            temperature=rollout.temperature,
+            max_tokens=rollout.max_tokens,
+            seed=config.run.seed,
+        ),
+        eval_every_steps=config.eval.every_steps,
+        pass_samples=config.eval.samples,
+        pass_at=config.eval.pass_at,
+        correct_at=reward.correct_at,
+        rollouts_logged=config.observe.rollouts_per_step,
+        play_timeout_s=rollout.timeout_s,
+        score_timeout_s=score_timeout_s,
+        step_timeout_s=train.timeout_s,
+    )
+
+
+def make_batch(config: Config, facts: Facts, groups: Sequence[RolloutGroup], step: int) -> Batch:
+    """Advantages, then microbatches: what the learner is handed to train ``step``."""
+    name, parameters = _row(config.algo.advantage)
+    oldest = first_trained_step(
+        step=step, max_staleness=config.rollout.max_staleness, age_policy=config.rollout.age_policy
+    )
+    samples = build(groups, advantage=partial(ADVANTAGES[name], **parameters), oldest_step=oldest or None)
+    return pack(
+        samples,
+        ranks=config.train.ranks,
+        steps_per_batch=config.train.steps_per_batch,
+        tokens_per_microbatch=config.train.tokens_per_microbatch,
+        pad_token_id=facts.pad_token_id,
+        version=Version(incarnation=0, step=step),
+    )
+
+
+def _rollout_actors(config: Config, facts: Facts) -> list[tuple[str, Any]]:
+    rollout = config.rollout
+    environment = engine_environment(cpus=rollout.cpus_per_replica, gpus=rollout.gpus_per_replica)
+    actors = []
+    for index in range(rollout.replicas):
+        name = f"rollout-{index}"
+        settings = VllmSettings(
+            model=facts.model_path,
+            dtype=config.model.dtype,
+            max_model_len=facts.longest_prompt + rollout.max_tokens,
+            slots=rollout.slots,
+            seed=config.run.seed + index,
+            start_timeout_s=rollout.start_timeout_s,
+            timeout_s=rollout.timeout_s,
+            vllm=rollout.vllm,
+        )
+        actor = _actor(
+            RolloutActor, name, cpus=rollout.cpus_per_replica, gpus=rollout.gpus_per_replica, environment=environment
+        )
+        actors.append((name, actor.remote(name, settings)))
+    return actors
+
+
+def _learner_actors(config: Config, facts: Facts) -> list[Any]:
+    train = config.train
+    loss_name, loss_parameters = _row(config.algo.loss)
+    correction_name, correction_parameters = _row(config.algo.correction)
+    arguments = {
+        "model_path": facts.model_path,
+        "train": train,
+        "temperature": config.rollout.temperature,
+        "loss": (POLICY_LOSSES[loss_name], loss_parameters),
+        "correction": (CORRECTIONS[correction_name], correction_parameters),
+        "seed": config.run.seed,
+    }
+    environment = {"OMP_NUM_THREADS": str(max(1, int(train.cpus_per_rank))), "TOKENIZERS_PARALLELISM": "false"}
+    return [
+        _actor(
+            LearnerActor,
+            f"learner-{rank}",
+            cpus=train.cpus_per_rank,
+            gpus=train.gpus_per_rank,
+            environment=environment,
+        ).remote(rank, arguments, config.model.dtype)
+        for rank in range(train.ranks)
+    ]
+
+
+def _reward_workers(config: Config, facts: Facts) -> list[RayRewardWorker]:
+    def create(name: str) -> Any:
+        actor = _actor(RewardActor, None, cpus=0, environment={"OMP_NUM_THREADS": "1"})
+        return actor.remote(name, facts.reward_path, config.reward.timeout_s)
+
+    return [
+        RayRewardWorker(f"reward-{index}", partial(create, f"reward-{index}")) for index in range(config.reward.workers)
+    ]
+
+
+def _actor(
+    cls: type, name: str | None, *, cpus: float, gpus: float = 0.0, environment: dict[str, str] | None = None
+) -> Any:
+    """A Ray actor class with its resources. A name of None is for actors that are replaced under the same name, which
+    Ray frees too late; their repr still tells what they are."""
+    return ray.remote(cls).options(
+        name=name, num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": environment or {}}, max_restarts=0
+    )
+
+
+def _row(row: Row | None) -> tuple[str, dict[str, Any]]:
+    if row is None:
+        raise ValueError("the preset must have filled in every row of algo before a run is built")
+    return row.name, row.params

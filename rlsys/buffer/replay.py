@@ -1,0 +1,143 @@
+"""The replay buffer: finished groups wait here to be leased for training, oldest first.
+
+A group is buffered -> leased -> trained. What is too old when a batch is taken leaves as dropped, and is named in the
+answer at once, so that the controller can ask its question again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+
+from rlsys.buffer.staleness import drop_stale
+from rlsys.errors import RlsysError
+from rlsys.records import DropCause, RolloutGroup, Version
+
+MIN_BASELINE = 2  # scored members: a smaller group has no baseline
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lease:
+    """Groups handed out for one training step. They count as buffered until ``commit``."""
+
+    lease_id: int
+    groups: tuple[RolloutGroup, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Take:
+    """Answer to ``take``.
+
+    Attributes:
+        lease: None where there were not enough groups within the wait.
+        shrunk: groups that lost rollouts to age, as they stand now; one without rollouts has left the buffer.
+    """
+
+    lease: Lease | None
+    shrunk: tuple[RolloutGroup, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BufferCounts:
+    """Rollouts by state, counted by the buffer itself (the controller's ledger must agree: law 1)."""
+
+    buffered: int
+    leased: int
+    trained: int
+    dropped: int
+
+
+class ReplayBuffer:
+    """In-process buffer; the actor around it adds nothing.
+
+    Args:
+        max_staleness: eta, steps.
+        age_policy: ``drop`` or ``mask``.
+    """
+
+    def __init__(self, *, max_staleness: int, age_policy: str) -> None:
+        self._max_staleness = max_staleness
+        self._age_policy = age_policy
+        self._groups: deque[RolloutGroup] = deque()
+        self._leases: dict[int, Lease] = {}
+        self._next_lease_id = 0
+        self._trained = 0
+        self._dropped = 0
+        self._arrived = asyncio.Event()
+
+    async def put(self, group: RolloutGroup) -> None:
+        """Raises RlsysError for a group that is too small or not scored: it would be trained wrongly, or never."""
+        if (
+            not group.rollouts
+            or close_if_too_small(group) is not group
+            or any(rollout.reward is None for rollout in group.rollouts)
+        ):
+            raise RlsysError(
+                f"group {group.group_id} cannot be buffered: {len(group.rollouts)} rollouts, "
+                f"{len(group.baseline_rewards)} of the group scored, at least {MIN_BASELINE} needed"
+            )
+        self._groups.append(group)
+        self._arrived.set()
+
+    async def take(self, num_groups: int, step: int, wait_s: float) -> Take:
+        """Lease the ``num_groups`` oldest groups that may be trained at ``step``.
+
+        Returns within ``wait_s`` seconds, at once when groups had to be dropped for age and too few are left.
+        """
+        shrunk: list[RolloutGroup] = []
+        try:
+            async with asyncio.timeout(wait_s):
+                while True:
+                    shrunk += self._drop_stale(step)
+                    if len(self._groups) >= num_groups:
+                        return Take(lease=self._lease(num_groups), shrunk=tuple(shrunk))
+                    if shrunk:
+                        break
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        except TimeoutError:
+            pass
+        return Take(lease=None, shrunk=tuple(shrunk))
+
+    async def commit(self, lease_id: int, version: Version) -> None:
+        """The leased groups are trained into ``version``."""
+        if lease_id not in self._leases:
+            raise RlsysError(f"lease {lease_id} cannot be committed into {version}: it is not out (committed twice?)")
+        lease = self._leases.pop(lease_id)
+        self._trained += sum(len(group.rollouts) for group in lease.groups)
+
+    async def counts(self) -> BufferCounts:
+        return BufferCounts(
+            buffered=sum(len(group.rollouts) for group in self._groups),
+            leased=sum(len(group.rollouts) for lease in self._leases.values() for group in lease.groups),
+            trained=self._trained,
+            dropped=self._dropped,
+        )
+
+    def _lease(self, num_groups: int) -> Lease:
+        lease = Lease(lease_id=self._next_lease_id, groups=tuple(self._groups.popleft() for _ in range(num_groups)))
+        self._next_lease_id += 1
+        self._leases[lease.lease_id] = lease
+        return lease
+
+    def _drop_stale(self, step: int) -> list[RolloutGroup]:
+        kept: deque[RolloutGroup] = deque()
+        shrunk = []
+        for group in self._groups:
+            left = drop_stale(group, step=step, max_staleness=self._max_staleness, age_policy=self._age_policy)
+            if left is not group:
+                left = close_if_too_small(left)
+                self._dropped += len(group.rollouts) - len(left.rollouts)
+                shrunk.append(left)
+            if left.rollouts:
+                kept.append(left)
+        self._groups = kept
+        return shrunk
+
+
+def close_if_too_small(group: RolloutGroup) -> RolloutGroup:
+    """The group itself, or, where fewer than two of its members were ever scored, the group with nothing to train."""
+    if not group.rollouts or len(group.baseline_rewards) >= MIN_BASELINE:
+        return group
+    return group.drop({rollout.rollout_id: DropCause.GROUP_TOO_SMALL for rollout in group.rollouts})

@@ -1,0 +1,191 @@
+"""The typed tree of configuration keys. Each part receives its own section, never the tree.
+
+Parameters of a table row (a loss, a correction, a task) are the keywords of its function, written beside ``name``;
+options of vLLM and DeepSpeed pass through ``rollout.vllm`` and ``train.deepspeed`` as they are. Neither is mirrored here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen part of the tree. Unknown keys are refused (``load`` names the nearest one)."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,  # the sentence under a key is its description, quoted by error messages
+    )
+
+
+class Row(BaseModel):
+    """A row of a table, by name, with its function's keywords beside it: ``{name: ppo_clip, eps_high: 0.28}``."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class RunSection(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run; its folder is ``<root>/<name>``."""
+    root: Path = Path("runs")
+    """Folder of all runs. Made absolute."""
+    seed: int = 0
+    """Seed of everything random: order of questions, sampling, initialisation."""
+    steps: Annotated[int, Field(ge=1)] = 20
+    """Number of batches to train."""
+
+
+class ModelSection(Section):
+    path: str = "tiny"
+    """A Hugging Face folder of a causal LM with tokenizer, or ``tiny``: the embedded model (made and cached at first use)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the rollout engines. The learner trains in float32 master weights."""
+
+
+class DataSection(Section):
+    train_path: Path | None = None
+    """JSONL or parquet file of training questions."""
+    eval_path: Path | None = None
+    """JSONL or parquet file of held-out questions; without it they are split off the training questions."""
+    task: Row | None = None
+    """A generated task instead of files: ``{name: reversed_sum}`` or ``{name: reasoning_gym.<dataset>, ...}``."""
+    prompt_key: str = "prompt"
+    """Column of the question: text, or a list of chat messages."""
+    answer_key: str = "answer"
+    """Column of the reference answer."""
+    eval_questions: Annotated[int, Field(ge=1)] = 500
+    """How many questions are held out."""
+    max_requeues: Annotated[int, Field(ge=0)] = 3
+    """How often a draw lost to a fault or to staleness is asked again before it is given up."""
+
+
+class RewardSection(Section):
+    path: str | None = None
+    """``package.module:function`` or ``file.py:function``; null means the task's own scorer, or exact match for files."""
+    timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """Deadline of one reward call, seconds."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Number of reward worker processes."""
+    max_drops_in_a_row: Annotated[int, Field(ge=1)] = 64
+    """So many rollouts dropped one after another by the reward function stop the run."""
+    correct_at: float = 1.0
+    """Reward from which an answer counts as correct (accuracy and pass@k)."""
+
+
+class AlgoSection(Section):
+    preset: Literal["grpo"] = "grpo"
+    """Named settings of the keys below; a key given explicitly wins."""
+    advantage: Row | None = None
+    """Row of ADVANTAGES."""
+    loss: Row | None = None
+    """Row of POLICY_LOSSES."""
+    correction: Row | None = None
+    """Row of CORRECTIONS: the off-policy weight; ``{name: none}`` switches it off."""
+    allow_uncorrected: bool = False
+    """Train stale data without a correction all the same."""
+
+
+class RolloutSection(Section):
+    replicas: Annotated[int, Field(ge=1)] = 1
+    """Number of vLLM engines."""
+    max_staleness: Annotated[int, Field(ge=0)] = 1
+    """eta: how many steps old a trained token may be; 0 is synchronous and on-policy."""
+    age_policy: Literal["drop", "mask"] = "drop"
+    """What happens to tokens older than eta: the whole rollout is dropped, or its old tokens carry no weight."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Rollouts per question."""
+    max_tokens: Annotated[int, Field(ge=1)] = 256
+    """Most tokens sampled per answer."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature in training; the learner divides its logits by the same number."""
+    slots: Annotated[int, Field(ge=1)] = 256
+    """Most rollouts at once on one engine."""
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 1.0
+    """CPU cores that Ray reserves for one engine."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs that Ray reserves for one engine."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Deadline for an engine to come up, seconds."""
+    timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    """Deadline for one group, or one weight swap, on an engine, seconds."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """vLLM engine arguments, passed through."""
+
+
+class TrainSection(Section):
+    ranks: Annotated[int, Field(ge=1)] = 1
+    """Data-parallel learner processes."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage."""
+    prompts_per_batch: Annotated[int, Field(ge=1)] = 16
+    """Questions per trained batch (times rollout.group_size: rollouts)."""
+    steps_per_batch: Annotated[int, Field(ge=1)] = 1
+    """Optimizer steps per batch, on disjoint parts of it. At 1 the clip of a clipped loss never acts."""
+    tokens_per_microbatch: Annotated[int, Field(ge=1)] = 4096
+    """Token budget of one forward and backward pass."""
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    """Learning rate."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear learning-rate warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of AdamW."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradient clipping; 0 switches it off."""
+    cpus_per_rank: Annotated[float, Field(ge=0)] = 1.0
+    """CPU cores that Ray reserves for one learner process."""
+    gpus_per_rank: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs that Ray reserves for one learner process."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Deadline for the learner to come up, seconds."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Deadline for one training step or export, seconds."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed config entries, passed through."""
+
+
+class EvalSection(Section):
+    every_steps: Annotated[int, Field(ge=0)] = 10
+    """Held-out evaluation every so many steps, beside the training; 0: only before and after."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Samples per question for pass@k before and after; 0 switches it off."""
+    pass_at: tuple[int, ...] = (1, 4)
+    """The k of pass@k; each at most ``samples``."""
+
+
+class ObserveSection(Section):
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    rollouts_per_step: Annotated[int, Field(ge=0)] = 4
+    """Sampled rollouts written per step to ``rollouts/``."""
+
+
+class RaySection(Section):
+    address: str | None = None
+    """Cluster to join; null means RAY_ADDRESS, or else a cluster started for this run."""
+    dashboard: bool = True
+    """Start the dashboard with a cluster started for this run."""
+
+
+class Config(Section):
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    reward: RewardSection = RewardSection()
+    algo: AlgoSection = AlgoSection()
+    rollout: RolloutSection = RolloutSection()
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    observe: ObserveSection = ObserveSection()
+    ray: RaySection = RaySection()

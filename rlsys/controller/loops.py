@@ -1,0 +1,393 @@
+"""The whole system, in the order of one datum's way. READ THIS FIRST.
+
+      source.next()          rollout_loop: admitted while the lead is below (max_staleness + 1) batches
+           |
+           v                 one task per group:
+      roster.acquire() ----> PARKED until an engine has slots and serves step >= learner - max_staleness
+      fleet.play()           RUNNING: vLLM samples; every token is stamped with the version that sampled it
+      scorer.score()         SCORING: worker processes with a deadline; a failure is a drop, never a 0
+      buffer.put()           BUFFERED
+           |
+           v                 train_loop:
+      buffer.take()          LEASED, oldest first; what is too old is dropped and asked again
+      make_batch()           advantages on tokens, token-budget microbatches
+      learner.step()         DeepSpeed
+      sync.publish()         engines pull the new version in their own pull_loop, and prove it
+      buffer.commit()        TRAINED
+
+      eval_loop              held-out questions on the same engines, beside all this
+
+All loops run at once; only the lead couples production to training. ``max_staleness`` 0 is the same code: the lead is
+one batch, and a publication waits for every engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from rlsys.buffer.replay import MIN_BASELINE, Lease, close_if_too_small
+from rlsys.buffer.staleness import first_trained_step, lead_limit, may_start, staleness_of
+from rlsys.controller.deadline import within
+from rlsys.controller.evaluate import EvalReport, evaluate
+from rlsys.controller.ledger import Ledger, Stage
+from rlsys.controller.parts import Parts, PlaySpec
+from rlsys.controller.plan import Plan
+from rlsys.controller.roster import Roster
+from rlsys.controller.stats import batch_metrics, drop_metrics
+from rlsys.controller.sync import WeightSync
+from rlsys.controller.totals import Totals
+from rlsys.errors import EngineLost, LawBroken, TooManyDrops, WaitTimeout
+from rlsys.records import DropCause, DroppedRollout, Prompt, RolloutGroup, Version
+
+Answer = TypeVar("Answer")
+
+LOST_GROUPS_IN_A_ROW = 64  # groups lost whole, one after another, before the run gives up
+LIVE_PERIOD_S = 0.5  # between two updates of the progress view
+BUFFER_ANSWER_S = 60.0  # deadline of a buffer call beyond its own wait
+TAKE_WAIT_S = 1.0  # one wait for a batch; between two of them pending work is looked after
+EVAL_SHARE = 0.5  # of the slots: an evaluation beside the training must leave room for it
+FAULTS = frozenset({DropCause.ENGINE_REFUSED, DropCause.EMPTY})  # asking again would end the same way
+
+
+class Loops:
+    """The controller of one run."""
+
+    def __init__(self, parts: Parts, plan: Plan, version: Version) -> None:
+        self.parts, self.plan, self.version = parts, plan, version
+        self.ledger = Ledger()
+        self.totals = Totals()
+        self.roster = Roster(parts.fleet.names(), slots=plan.slots, clock=parts.clock)
+        self.sync = WeightSync(
+            learner=parts.learner,
+            fleet=parts.fleet,
+            roster=self.roster,
+            segments=parts.segments,
+            clock=parts.clock,
+            sink=parts.sink,
+            export_timeout_s=plan.step_timeout_s,
+            load_timeout_s=plan.play_timeout_s,
+        )
+        self._stall_s = 2 * (plan.play_timeout_s + plan.score_timeout_s)
+        self._limit = lead_limit(max_staleness=plan.max_staleness, batch_rollouts=plan.batch_rollouts)
+        self._lead_fell = asyncio.Event()
+        self._eval_due = asyncio.Event()
+        self._eval_metrics: dict[str, float] = {}
+        self._groups_trained = version.step * plan.prompts_per_batch
+        self._lost_in_a_row = 0
+        self._num_evals = 0
+
+    async def run(self) -> None:
+        """Evaluate, train ``plan.steps`` batches, evaluate. The first failure of any loop ends all, and is raised."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                pulls = [tasks.create_task(self.sync.pull_loop(name)) for name in self.roster.names]
+                await self.sync.publish_everywhere(self.version)
+                await self._evaluate("eval_before", self.plan.pass_samples)
+                await self._train(tasks)
+                await self.sync.publish_everywhere(self.version)
+                await self._evaluate("eval_after", self.plan.pass_samples)
+                for task in pulls:
+                    task.cancel()
+        except BaseExceptionGroup as failures:
+            raise _first_failure(failures) from None
+
+    async def _train(self, tasks: asyncio.TaskGroup) -> None:
+        self.totals.open(self.parts.clock.now(), self.roster.busy_seconds())
+        loops = [tasks.create_task(loop) for loop in (self.live_loop(), self.eval_loop(), self.rollout_loop(tasks))]
+        await self.train_loop()
+        for task in loops:
+            task.cancel()
+        self.totals.close(self.parts.clock.now(), self.roster.busy_seconds())
+        self.ledger.check(await self._buffer(self.parts.buffer.counts()), quiet=True)
+
+    async def rollout_loop(self, tasks: asyncio.TaskGroup) -> None:
+        """Start groups for as long as the run needs them.
+
+        consumes: questions of the source.
+        waits for: room below the lead limit.
+        unblocked by: a commit, or a drop.
+        produces: one ``group_task`` per question.
+        """
+        group_size = self.plan.spec.group_size
+        while True:
+            wanted = self.plan.steps * self.plan.prompts_per_batch - self._groups_trained - self.ledger.num_groups
+            if wanted > 0 and may_start(lead=self.ledger.lead, group_size=group_size, limit=self._limit):
+                prompt = self.parts.source.next()
+                self.ledger.submit(prompt.group_id, group_size)
+                tasks.create_task(self.group_task(prompt), name=prompt.group_id)
+            else:
+                self._lead_fell.clear()
+                await self._lead_fell.wait()
+
+    async def group_task(self, prompt: Prompt) -> None:
+        """Carry one question from an engine into the buffer.
+
+        consumes: one question.
+        waits for: an engine with free slots, its answers, their rewards.
+        unblocked by: released slots, a proven weight version; deadlines bound each wait.
+        produces: a scored group in the buffer, or drops by cause and the question asked again.
+        """
+        try:
+            self.ledger.move(prompt.group_id, Stage.PARKED, self.plan.spec.group_size)
+            engine = await self.roster.acquire(self.plan.spec.group_size)
+            self.ledger.move(prompt.group_id, Stage.RUNNING, self.plan.spec.group_size)
+            group = self._close(await self._play(engine, prompt, self.plan.spec))
+            if group.rollouts:
+                self.ledger.move(prompt.group_id, Stage.SCORING, len(group.rollouts))
+                group = self._close(await self._score(group))
+        except EngineLost as error:
+            self.ledger.drop_rest(prompt.group_id, DropCause.ENGINE_LOST)
+            self._lose_group(prompt, f"{DropCause.ENGINE_LOST.value}: {error}", ask_again=True)
+            return
+        if group.rollouts:
+            self.ledger.move(prompt.group_id, Stage.BUFFERED, len(group.rollouts))
+            await self._buffer(self.parts.buffer.put(group))
+            self._lost_in_a_row = 0
+
+    async def train_loop(self) -> None:
+        """Train until ``plan.steps`` batches are done.
+
+        consumes: leases of the buffer.
+        waits for: enough finished groups; at ``max_staleness`` 0 for every engine to serve the new version.
+        unblocked by: buffer.put; sync.
+        produces: weight versions, and room below the lead limit.
+        """
+        clock = self.parts.clock
+        while self.version.step < self.plan.steps:
+            began = clock.now()
+            lease = await self._next_lease()
+            waited_s = clock.now() - began
+            step = self.version.step
+            batch = self.parts.make_batch(lease.groups, step)
+            built_s = clock.now() - began - waited_s
+            report = await within(
+                self.plan.step_timeout_s, f"the learner to train step {step}", self.parts.learner.step(batch)
+            )
+            self.version = report.version
+            trained_s = clock.now() - began - waited_s - built_s
+            await self._publish()
+            await self._buffer(self.parts.buffer.commit(lease.lease_id, self.version))
+            await self._account(
+                lease,
+                step,
+                {
+                    **report.metrics,
+                    "timing_s/wait_for_batch": waited_s,
+                    "timing_s/build": built_s,
+                    "timing_s/train": trained_s,
+                    "timing_s/publish": clock.now() - began - waited_s - built_s - trained_s,
+                    "timing_s/step": clock.now() - began,
+                },
+            )
+            self.totals.wait_for_batch_s += waited_s
+            if self.plan.eval_every_steps and self.version.step % self.plan.eval_every_steps == 0:
+                self._eval_due.set()
+
+    async def eval_loop(self) -> None:
+        """Evaluate beside the training.
+
+        consumes: held-out questions.
+        waits for: the next step at which an evaluation is due; one that comes due during another is merged into it.
+        unblocked by: train_loop.
+        produces: metrics of the next step.
+        """
+        while True:
+            await self._eval_due.wait()
+            self._eval_due.clear()
+            if self.version.step < self.plan.steps:  # after the last step the final evaluation follows anyway
+                await self._evaluate("eval", 0)
+
+    async def live_loop(self) -> None:
+        """Show the present state.
+
+        consumes: counts.
+        waits for: the next half second.
+        unblocked by: the clock.
+        produces: the progress view and the gauges.
+        """
+        while True:
+            await self.parts.clock.sleep(LIVE_PERIOD_S)
+            self.ledger.check()
+            self.parts.sink.live(
+                {
+                    **{f"buffer/{stage.value}": count for stage, count in self.ledger.counts().items()},
+                    **drop_metrics(self.ledger.dropped),
+                    "buffer/lead": self.ledger.lead,
+                    "buffer/lead_limit": self._limit,
+                    "rollout/running": self.roster.num_running,
+                    "rollout/engines": len(self.roster.names),
+                    **self.totals.summary(self.parts.clock.now(), self.roster.busy_seconds()),
+                    "weights/published": self.sync.num_published,
+                }
+            )
+
+    # --- one datum's steps -------------------------------------------------------------------------------------------
+
+    async def _play(self, engine: str, prompt: Prompt, spec: PlaySpec) -> RolloutGroup:
+        """Sample one group on slots that are held already. An engine that misses its deadline is lost."""
+        try:
+            return await within(
+                self.plan.play_timeout_s,
+                f"{engine} to play {prompt.group_id}",
+                self.parts.fleet.play(engine, prompt, spec),
+            )
+        except (EngineLost, WaitTimeout) as error:
+            await self.sync.lose(engine, str(error))
+            raise EngineLost(str(error)) from error
+        finally:
+            self.roster.release(engine, spec.group_size)
+
+    async def _score(self, group: RolloutGroup) -> RolloutGroup:
+        return await within(
+            self.plan.score_timeout_s, f"the rewards of {group.group_id}", self.parts.scorer.score(group)
+        )
+
+    async def _next_lease(self) -> Lease:
+        """Wait for a batch; what was too old meanwhile leaves by name and is asked again."""
+        quiet_since, seen = self.parts.clock.now(), self._progress_mark()
+        while True:
+            take = await self._buffer(
+                self.parts.buffer.take(self.plan.prompts_per_batch, self.version.step, TAKE_WAIT_S)
+            )
+            for group in take.shrunk:
+                self._close(group)
+            if take.lease is not None:
+                for group in take.lease.groups:
+                    self.ledger.move(group.group_id, Stage.LEASED, len(group.rollouts))
+                return take.lease
+            await self.sync.publish_pending()
+            if self._progress_mark() != seen:
+                quiet_since, seen = self.parts.clock.now(), self._progress_mark()
+            elif self.parts.clock.now() - quiet_since > self._stall_s:
+                raise WaitTimeout(f"rollouts ({self.ledger.describe()}; {self.roster.describe()})", self._stall_s)
+
+    async def _publish(self) -> None:
+        self.roster.require(max(0, self.version.step - self.plan.max_staleness))
+        if self.plan.max_staleness == 0:
+            await self.sync.publish_everywhere(self.version)
+        else:
+            await self.sync.publish(self.version)
+
+    async def _account(self, lease: Lease, step: int, timing: dict[str, float]) -> None:
+        """The leased groups are trained: ledger, law 1, metrics."""
+        for group in lease.groups:
+            self.ledger.train(group.group_id, len(group.rollouts))
+        self._groups_trained += len(lease.groups)
+        self._lead_fell.set()
+        self.ledger.check(await self._buffer(self.parts.buffer.counts()))
+        ages = self._ages(lease, step)
+        metrics = {**timing, **batch_metrics(lease.groups, ages), **drop_metrics(self.ledger.dropped)}
+        self.totals.book(lease.groups, ages)
+        loads, self.sync.loads = self.sync.loads, []
+        if loads:
+            metrics["weights/pause_s"] = sum(load.pause_s for load in loads) / len(loads)
+            metrics["weights/load_s"] = sum(load.total_s for load in loads) / len(loads)
+            metrics["weights/probe_difference"] = max(load.probe_difference for load in loads)
+        metrics |= self._eval_metrics
+        self._eval_metrics = {}
+        self.parts.sink.step(self.version.step, self.version, metrics)
+        logged = lease.groups[: self.plan.rollouts_logged]
+        self.parts.sink.rollouts(step, [replace(group, rollouts=group.rollouts[:1]) for group in logged])
+
+    def _ages(self, lease: Lease, step: int) -> list[int]:
+        """Staleness of what carried weight; law 2 is asserted on it."""
+        eta = self.plan.max_staleness
+        not_before = first_trained_step(step=step, max_staleness=eta, age_policy=self.plan.age_policy)
+        ages = staleness_of(lease.groups, step, not_before)
+        if max(ages) > eta or min(ages) < 0:
+            raise LawBroken(f"trained at step {step} with staleness {min(ages)} to {max(ages)}, allowed is 0 to {eta}")
+        return ages
+
+    def _close(self, group: RolloutGroup) -> RolloutGroup:
+        """Book what the group lost since it was last booked, and close it where too little is left."""
+        if all(rollout.reward is not None for rollout in group.rollouts) or len(group.rollouts) < MIN_BASELINE:
+            group = close_if_too_small(group)
+        num_booked = group.num_members - self.ledger.standing(group.group_id)
+        lost = group.dropped[num_booked:]
+        for member in lost:
+            self.ledger.drop(group.group_id, member.cause)
+        if lost:
+            self._lead_fell.set()
+        if not group.rollouts:
+            ask_again = not all(member.cause in FAULTS for member in group.dropped)
+            why = "; ".join(sorted({f"{member.cause.value} {member.detail}".strip() for member in group.dropped}))
+            self._lose_group(group.prompt, why, ask_again=ask_again)
+        return group
+
+    def _lose_group(self, prompt: Prompt, why: str, *, ask_again: bool) -> None:
+        if ask_again and not self.parts.source.requeue(prompt):
+            self.parts.sink.event(f"question {prompt.draw} is given up after {prompt.attempt + 1} attempts: {why}")
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row >= LOST_GROUPS_IN_A_ROW:
+            raise TooManyDrops(f"{self._lost_in_a_row} groups in a row were lost whole. The last one: {why}")
+        self._lead_fell.set()
+
+    async def _evaluate(self, name: str, pass_samples: int) -> None:
+        """Greedy accuracy on the held-out questions, and pass@k from samples where asked for."""
+        began, spec, pass_at = self.parts.clock.now(), self.plan.spec, self.plan.pass_at
+        self._num_evals += 1  # request ids of one evaluation must not meet those of another
+        prompts = [replace(prompt, attempt=self._num_evals) for prompt in self.parts.source.eval_prompts()]
+        greedy = await self._ask_all(prompts, replace(spec, group_size=1, temperature=0.0), ())
+        self._num_evals += 1
+        prompts = [replace(prompt, attempt=self._num_evals) for prompt in prompts]
+        sampled = (
+            await self._ask_all(prompts, replace(spec, group_size=pass_samples), pass_at) if pass_samples else None
+        )
+        if name == "eval":
+            self._eval_metrics |= greedy.metrics(prompts[0].draw.source)
+        else:
+            self.totals.evals |= {name: greedy.accuracy}
+            self.totals.evals |= {f"{name}_pass_at_{k}": share for k, share in (sampled or greedy).pass_at.items()}
+        seconds = self.parts.clock.now() - began
+        self.parts.sink.event(
+            f"{name}: {greedy.describe()}{sampled.describe_pass_at() if sampled else ''}, {seconds:.1f} s"
+        )
+        self.parts.sink.live({"eval/accuracy": greedy.accuracy})
+
+    async def _ask_all(self, prompts: Sequence[Prompt], spec: PlaySpec, pass_at: Sequence[int]) -> EvalReport:
+        share = EVAL_SHARE * self.plan.slots * len(self.roster.names)
+        places = asyncio.Semaphore(max(1, int(share) // spec.group_size))
+
+        async def ask(prompt: Prompt) -> RolloutGroup:
+            try:
+                async with places:
+                    free = self.roster.acquire(spec.group_size)
+                    engine = await within(self._stall_s, f"a free engine: {self.roster.describe()}", free)
+                    group = await self._play(engine, prompt, spec)
+                return await self._score(group) if group.rollouts else group
+            except EngineLost as error:
+                lost = DroppedRollout(rollout_id=prompt.group_id, cause=DropCause.ENGINE_LOST, detail=str(error))
+                return RolloutGroup(prompt=prompt, rollouts=(), dropped=(lost,) * spec.group_size)
+
+        return await evaluate(prompts, ask, correct_at=self.plan.correct_at, pass_at=pass_at)
+
+    # --- small things ------------------------------------------------------------------------------------------------
+
+    async def _buffer(self, answer: Awaitable[Answer]) -> Answer:
+        return await within(BUFFER_ANSWER_S, "the replay buffer", answer)
+
+    def _progress_mark(self) -> tuple[int, ...]:
+        """Changes whenever a rollout changes its stage."""
+        return (self.ledger.submitted, self.ledger.dropped.total(), *self.ledger.counts().values())
+
+    def summary(self) -> dict[str, float]:
+        """The flat figures of result.json, at any moment."""
+        return {
+            "steps": self.version.step,
+            **self.totals.summary(self.parts.clock.now(), self.roster.busy_seconds()),
+            "rollouts_submitted": self.ledger.submitted,
+            "weights/published": self.sync.num_published,
+            "weights/put_off": self.sync.num_put_off,
+            "weights/refused": self.sync.num_refused,
+            **drop_metrics(self.ledger.dropped),
+        }
+
+
+def _first_failure(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first real failure of a group of loops; the others followed from it."""
+    for failure in failures.exceptions:
+        return _first_failure(failure) if isinstance(failure, BaseExceptionGroup) else failure
+    return failures

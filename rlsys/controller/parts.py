@@ -1,0 +1,128 @@
+"""The parts that the controller is handed, typed. The controller wires nothing and never imports ray: real actors,
+in-process parts and simulated ones all fit here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rlsys.buffer.replay import BufferCounts, Take
+from rlsys.records import LoadReport, Prompt, RolloutGroup, StepReport, Version, WeightVersion
+from rlsys.weights.pool import SegmentPool
+
+
+class Clock(Protocol):
+    def now(self) -> float:
+        """Seconds since an arbitrary start, monotonic."""
+        ...
+
+    async def sleep(self, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlaySpec:
+    """How a group is to be sampled.
+
+    Attributes:
+        group_size: number of rollouts.
+        temperature: 0 means greedy.
+        max_tokens: most sampled tokens per turn.
+        seed: base seed; each rollout derives its own from it and its id.
+    """
+
+    group_size: int
+    temperature: float
+    max_tokens: int
+    seed: int
+
+
+class Fleet(Protocol):
+    """The rollout engines, by name."""
+
+    def names(self) -> Sequence[str]: ...
+
+    async def play(self, engine: str, prompt: Prompt, spec: PlaySpec) -> RolloutGroup:
+        """Raises EngineLost; a refused or failed member comes back in ``dropped``."""
+        ...
+
+    async def load(self, engine: str, weights: WeightVersion) -> LoadReport:
+        """Raises WeightsRefused or EngineLost."""
+        ...
+
+    async def remove(self, engine: str) -> None:
+        """Take an engine out of service for good."""
+        ...
+
+
+class Scorer(Protocol):
+    async def score(self, group: RolloutGroup) -> RolloutGroup:
+        """Give every rollout its reward. One that failed, timed out or was killed is a dropped rollout, never a 0."""
+        ...
+
+
+class Buffer(Protocol):
+    async def put(self, group: RolloutGroup) -> None: ...
+
+    async def take(self, num_groups: int, step: int, wait_s: float) -> Take:
+        """Lease the ``num_groups`` oldest groups fit to be trained at ``step``; waits ``wait_s`` seconds at most."""
+        ...
+
+    async def commit(self, lease_id: int, version: Version) -> None: ...
+
+    async def counts(self) -> BufferCounts: ...
+
+
+class Source(Protocol):
+    def next(self) -> Prompt: ...
+
+    def requeue(self, prompt: Prompt) -> bool:
+        """Ask a lost draw again. False where it was asked too often already and is given up."""
+        ...
+
+    def eval_prompts(self) -> Sequence[Prompt]: ...
+
+
+class Learner(Protocol):
+    async def step(self, batch: Any) -> StepReport:
+        """Train one batch. Raises Diverged or LearnerFailed."""
+        ...
+
+    async def export(self, segment: str, version: Version) -> WeightVersion:
+        """Write the weights into the named segment."""
+        ...
+
+    async def save(self, folder: str) -> None:
+        """Write a plain Hugging Face model folder."""
+        ...
+
+
+class Sink(Protocol):
+    """Where the controller reports to."""
+
+    def step(self, step: int, version: Version, metrics: Mapping[str, float]) -> None: ...
+
+    def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None: ...
+
+    def event(self, text: str) -> None:
+        """One sentence for the person who watches."""
+        ...
+
+    def live(self, values: Mapping[str, float]) -> None:
+        """Current state, for the progress view and the gauges; called often."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """Everything the loops drive, handed in."""
+
+    source: Source
+    fleet: Fleet
+    scorer: Scorer
+    buffer: Buffer
+    learner: Learner
+    make_batch: Callable[[Sequence[RolloutGroup], int], Any]
+    segments: SegmentPool
+    sink: Sink
+    clock: Clock

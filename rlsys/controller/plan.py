@@ -1,0 +1,42 @@
+"""What the loops need to know of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlsys.controller.parts import PlaySpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Settings of one run.
+
+    Attributes:
+        steps: batches to train.
+        prompts_per_batch, max_staleness, age_policy, slots: as in the config.
+        spec: sampling in training.
+        eval_every_steps: 0 means before and after only.
+        pass_samples, pass_at: pass@k before and after; 0 samples switch it off.
+        correct_at: reward from which an answer is correct.
+        rollouts_logged: sampled rollouts kept per step.
+        play_timeout_s, score_timeout_s, step_timeout_s: deadlines, seconds.
+    """
+
+    steps: int
+    prompts_per_batch: int
+    max_staleness: int
+    age_policy: str
+    slots: int
+    spec: PlaySpec
+    eval_every_steps: int
+    pass_samples: int
+    pass_at: tuple[int, ...]
+    correct_at: float
+    rollouts_logged: int
+    play_timeout_s: float
+    score_timeout_s: float
+    step_timeout_s: float
+
+    @property
+    def batch_rollouts(self) -> int:
+        return self.prompts_per_batch * self.spec.group_size

@@ -1,0 +1,52 @@
+"""Metrics of a trained batch and of the run, from records. Names follow verl's where they mean the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from rlsys.records import DropCause, RolloutGroup, StopReason
+
+
+def batch_metrics(groups: Sequence[RolloutGroup], ages: Sequence[int]) -> dict[str, float]:
+    """Rewards, lengths (tokens) and staleness (``ages`` of the rollouts, steps) of trained groups."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    lengths = [rollout.num_sampled_tokens for rollout in rollouts]
+    rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    flat = [group for group in groups if len(set(group.baseline_rewards)) == 1]
+    return {
+        **_spread("staleness", ages),
+        **_spread("critic/score", rewards),
+        **_spread("response_length", lengths),
+        **_spread("prompt_length", [rollout.num_prompt_tokens for rollout in rollouts]),
+        **reward_part_means(groups),
+        "response_length/clip_ratio": _mean([rollout.stop_reason is StopReason.LENGTH for rollout in rollouts]),
+        "critic/groups_without_variance": len(flat) / len(groups),
+        "timing_s/gen": _mean([rollout.seconds for rollout in rollouts]),
+        "perf/total_num_tokens": float(sum(rollout.token_ids_T.size for rollout in rollouts)),
+    }
+
+
+def reward_part_means(groups: Iterable[RolloutGroup]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for group in groups:
+        for rollout in group.rollouts:
+            for name, value in rollout.reward_parts.items():
+                values.setdefault(f"critic/score_parts/{name}/mean", []).append(value)
+    return {name: _mean(column) for name, column in values.items()}
+
+
+def drop_metrics(dropped: Mapping[DropCause, int]) -> dict[str, float]:
+    """Rollouts dropped since the start, by cause; every cause is named so that a zero can be seen."""
+    return {f"dropped/{cause.value}": float(dropped.get(cause, 0)) for cause in DropCause}
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {f"{name}/mean": _mean(values), f"{name}/min": float(min(values)), f"{name}/max": float(max(values))}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else 0.0

@@ -1,0 +1,143 @@
+"""Weight sync: the learner exports a version into a free segment; every engine pulls the newest one at its own pace.
+
+The learner never waits for an engine (except where the caller asks to, at ``max_staleness`` 0). A publication that
+finds no free segment is put off until one is: a segment that is being read is never overwritten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from rlsys.controller.deadline import within
+from rlsys.controller.parts import Clock, Fleet, Learner, Sink
+from rlsys.controller.roster import Roster
+from rlsys.errors import EngineLost, FleetLost, RlsysError, WaitTimeout, WeightsRefused
+from rlsys.records import LoadReport, Version, WeightVersion
+from rlsys.weights.pool import SegmentPool
+
+SEGMENT_POLL_S = 0.01  # between two looks for a free segment
+MAX_REFUSALS = 3  # in a row: an engine that refuses so often is taken out of service
+
+
+class WeightSync:
+    """Publishes versions and drives the engines' pulls.
+
+    Args:
+        export_timeout_s, load_timeout_s: deadlines of one export and one pull, seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        learner: Learner,
+        fleet: Fleet,
+        roster: Roster,
+        segments: SegmentPool,
+        clock: Clock,
+        sink: Sink,
+        export_timeout_s: float,
+        load_timeout_s: float,
+    ) -> None:
+        self._learner, self._fleet, self._roster = learner, fleet, roster
+        self._segments, self._clock, self._sink = segments, clock, sink
+        self._export_timeout_s, self._load_timeout_s = export_timeout_s, load_timeout_s
+        self._newest: WeightVersion | None = None
+        self._pending: Version | None = None
+        self._published = asyncio.Event()
+        self.num_published = 0
+        self.num_put_off = 0
+        self.num_refused = 0
+        self.loads: list[LoadReport] = []
+
+    @property
+    def has_pending(self) -> bool:
+        """A trained version that no segment was free for yet."""
+        return self._pending is not None
+
+    async def publish(self, version: Version) -> bool:
+        """Export ``version`` and make it the one that engines pull. False where no segment is free: call
+        ``publish_pending`` later."""
+        segment = self._segments.acquire()
+        if segment is None:
+            self.num_put_off += self._pending is None
+            self._pending = version
+            return False
+        weights = await within(
+            self._export_timeout_s, f"the learner to export version {version}", self._learner.export(segment, version)
+        )
+        self._segments.publish(segment)
+        self._newest, self._pending = weights, None
+        self.num_published += 1
+        self._published.set()
+        return True
+
+    async def publish_pending(self) -> None:
+        if self._pending is not None:
+            await self.publish(self._pending)
+
+    async def publish_everywhere(self, version: Version) -> None:
+        """Publish and wait until every engine serves it: at staleness 0, and before an evaluation that must see it."""
+
+        async def publish_and_wait() -> None:
+            while self._newest is None or self._newest.version < version:
+                if not await self.publish(version):
+                    await self._clock.sleep(SEGMENT_POLL_S)
+            await self._roster.wait_all_serve(version.step)
+
+        # one pull may be in progress when this one starts, so two must fit
+        seconds = self._export_timeout_s + 2 * self._load_timeout_s
+        await within(seconds, f"version {version} on every engine: {self._roster.describe()}", publish_and_wait())
+
+    async def pull_loop(self, engine: str) -> None:
+        """One per engine.
+
+        consumes: the newest published version.
+        waits for: a version newer than the one the engine serves.
+        unblocked by: publish.
+        produces: an engine that serves it, proven; groups that waited for it start.
+        """
+        refusals = 0
+        while engine in self._roster.names:
+            weights = self._newest
+            served = self._roster.step_of(engine)
+            if weights is None or (served is not None and served >= weights.version.step):
+                self._published.clear()
+                await self._published.wait()
+                continue
+            try:
+                await self._pull(engine, weights)
+                refusals = 0
+            except WeightsRefused as error:
+                refusals += 1
+                self.num_refused += 1
+                self._sink.event(f"{engine} refused weights {weights.version}: {error}")
+                if refusals >= MAX_REFUSALS:
+                    await self.lose(engine, f"refused weights {refusals} times in a row")
+            except (EngineLost, WaitTimeout) as error:
+                await self.lose(engine, str(error))
+
+    async def lose(self, engine: str, reason: str) -> None:
+        """Take an engine out of service. Raises FleetLost when none is left."""
+        if engine not in self._roster.names:
+            return
+        self._sink.event(f"{engine} is out of service: {reason}")
+        self._roster.remove(engine)
+        try:
+            await within(self._load_timeout_s, f"{engine} to stop", self._fleet.remove(engine))
+        except RlsysError as error:  # it is out of service already; that it would not stop is only worth a line
+            self._sink.event(f"{engine}: {error}")
+        if not self._roster.names:
+            raise FleetLost(f"no rollout engine is left; the last one, {engine}: {reason}")
+
+    async def _pull(self, engine: str, weights: WeightVersion) -> None:
+        self._segments.add_reader(weights.segment)
+        try:
+            report = await within(
+                self._load_timeout_s,
+                f"{engine} to load version {weights.version}",
+                self._fleet.load(engine, weights),
+            )
+        finally:
+            self._segments.remove_reader(weights.segment)
+        self.loads.append(report)
+        self._roster.serve(engine, weights.version.step)

@@ -1,0 +1,143 @@
+"""A whole simulated run: the real loops, ledger, buffer and sync, around simulated engines and learner."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rlsys.buffer.replay import ReplayBuffer
+from rlsys.controller.loops import Loops
+from rlsys.controller.parts import Parts, PlaySpec
+from rlsys.controller.plan import Plan
+from rlsys.records import RolloutGroup, Version
+from rlsys.rollout.sim_engine import SimEngine, learning_answer
+from rlsys.sim.clock import VirtualClock, run_virtual
+from rlsys.sim.fleet import VOCAB_SIZE, SimFleet, SimLearner, SimScorer, SimSource, doubled
+from rlsys.weights.pool import NUM_SEGMENTS, SegmentPool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """What is simulated. Times in (virtual) seconds.
+
+    Attributes:
+        crashes: engine index to the moment at which it dies.
+    """
+
+    steps: int = 10
+    replicas: int = 2
+    prompts_per_batch: int = 4
+    group_size: int = 4
+    max_staleness: int = 1
+    age_policy: str = "drop"
+    slots: int = 16
+    num_eval: int = 8
+    eval_every_steps: int = 3
+    seed: int = 0
+    tokens_per_s: float = 10.0
+    score_s: float = 0.05
+    step_s: float = 1.0
+    export_s: float = 0.1
+    half_life_steps: float = 4.0
+    crashes: Mapping[int, float] = field(default_factory=dict)
+
+
+class RecordingSink:
+    """Keeps everything."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.events: list[str] = []
+
+    def step(self, step: int, version: Version, metrics: Mapping[str, float]) -> None:
+        self.steps.append({"step": step, **metrics})
+
+    def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        """Not kept."""
+
+    def event(self, text: str) -> None:
+        self.events.append(text)
+
+    def live(self, values: Mapping[str, float]) -> None:
+        """Not kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimReport:
+    """What came of it.
+
+    Attributes:
+        trained: for each step the groups that were trained at it.
+    """
+
+    loops: Loops
+    sink: RecordingSink
+    trained: list[tuple[int, tuple[RolloutGroup, ...]]]
+    summary: dict[str, float]
+    virtual_s: float
+
+
+def simulate(world: World, disturb: Callable[[Loops, SimFleet], None] = lambda loops, fleet: None) -> SimReport:
+    """Run ``world`` to its end. Deterministic. Raises what the run raises, and Deadlock.
+
+    Args:
+        disturb: called once before the start, for faults beyond ``world.crashes``.
+    """
+
+    async def main() -> SimReport:
+        clock, sink = VirtualClock(), RecordingSink()
+        version = Version(incarnation=0, step=0)
+        fleet = SimFleet({f"rollout-{index}": _engine(world, index, clock) for index in range(world.replicas)}, clock)
+        learner = SimLearner(clock, version, step_s=world.step_s, export_s=world.export_s)
+        parts = Parts(
+            source=SimSource(world.num_eval),
+            fleet=fleet,
+            scorer=SimScorer(clock, world.score_s),
+            buffer=ReplayBuffer(max_staleness=world.max_staleness, age_policy=world.age_policy),
+            learner=learner,
+            make_batch=lambda groups, step: (step, tuple(groups)),
+            segments=SegmentPool([f"segment-{number}" for number in range(NUM_SEGMENTS)]),
+            sink=sink,
+            clock=clock,
+        )
+        loops = Loops(parts, _plan(world), version)
+        disturb(loops, fleet)
+        crashes = [
+            asyncio.get_running_loop().call_later(moment_s, fleet.engines[f"rollout-{index}"].crash)
+            for index, moment_s in world.crashes.items()
+        ]
+        try:
+            await loops.run()
+        finally:
+            for crash in crashes:
+                crash.cancel()
+        summary = loops.summary()
+        return SimReport(loops=loops, sink=sink, trained=learner.trained, summary=summary, virtual_s=clock.now())
+
+    return run_virtual(main())
+
+
+def _engine(world: World, index: int, clock: VirtualClock) -> SimEngine:
+    answer = learning_answer(doubled, vocab_size=VOCAB_SIZE, half_life_steps=world.half_life_steps, max_tokens=12)
+    # engines of different speed: nothing may rely on their being alike
+    return SimEngine(f"rollout-{index}", clock, answer, tokens_per_s=world.tokens_per_s * (1 + 0.3 * index))
+
+
+def _plan(world: World) -> Plan:
+    return Plan(
+        steps=world.steps,
+        prompts_per_batch=world.prompts_per_batch,
+        max_staleness=world.max_staleness,
+        age_policy=world.age_policy,
+        slots=world.slots,
+        spec=PlaySpec(group_size=world.group_size, temperature=1.0, max_tokens=16, seed=world.seed),
+        eval_every_steps=world.eval_every_steps,
+        pass_samples=0,
+        pass_at=(),
+        correct_at=1.0,
+        rollouts_logged=0,
+        play_timeout_s=60.0,
+        score_timeout_s=60.0,
+        step_timeout_s=60.0,
+    )

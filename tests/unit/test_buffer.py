@@ -1,0 +1,124 @@
+import asyncio
+
+import pytest
+
+from rlsys.buffer.replay import ReplayBuffer
+from rlsys.buffer.staleness import drop_stale, first_trained_step, lead_limit, may_start
+from rlsys.errors import RlsysError
+from rlsys.records import DropCause, Version
+from tests.builders import make_group, make_rollout
+
+
+def new_buffer(max_staleness: int = 1, age_policy: str = "drop") -> ReplayBuffer:
+    return ReplayBuffer(max_staleness=max_staleness, age_policy=age_policy)
+
+
+def test_groups_are_leased_oldest_first_and_counted_until_they_are_committed():
+    async def scenario():
+        buffer = new_buffer()
+        for index in range(3):
+            await buffer.put(make_group(index, [[0, 0], [0]]))
+        take = await buffer.take(2, step=0, wait_s=1.0)
+        assert [group.prompt.draw.index for group in take.lease.groups] == [0, 1]
+        counts = await buffer.counts()
+        assert (counts.buffered, counts.leased, counts.trained) == (2, 4, 0)
+        await buffer.commit(take.lease.lease_id, Version(incarnation=0, step=1))
+        counts = await buffer.counts()
+        assert (counts.buffered, counts.leased, counts.trained) == (2, 0, 4)
+
+    asyncio.run(scenario())
+
+
+def test_a_lease_is_committed_once():
+    async def scenario():
+        buffer = new_buffer()
+        await buffer.put(make_group(0, [[0], [0]]))
+        take = await buffer.take(1, step=0, wait_s=1.0)
+        await buffer.commit(take.lease.lease_id, Version(incarnation=0, step=1))
+        with pytest.raises(RlsysError, match="committed twice"):
+            await buffer.commit(take.lease.lease_id, Version(incarnation=0, step=1))
+
+    asyncio.run(scenario())
+
+
+def test_take_waits_for_the_last_group_and_no_longer_than_told():
+    async def scenario():
+        buffer = new_buffer()
+        assert (await buffer.take(1, step=0, wait_s=0.01)).lease is None
+        waiting = asyncio.create_task(buffer.take(1, step=0, wait_s=5.0))
+        await asyncio.sleep(0)
+        await buffer.put(make_group(0, [[0], [0]]))
+        assert (await waiting).lease is not None
+
+    asyncio.run(scenario())
+
+
+def test_what_is_too_old_leaves_at_once_by_name_and_its_reward_stays_in_the_baseline():
+    async def scenario():
+        buffer = new_buffer(max_staleness=1)
+        await buffer.put(make_group(0, [[0, 2], [1, 2], [2]], rewards=[1.0, 0.0, 0.5]))
+        take = await buffer.take(2, step=2, wait_s=5.0)
+        assert take.lease is None
+        (left,) = take.shrunk
+        assert [member.cause for member in left.dropped] == [DropCause.TOO_STALE]
+        assert left.dropped[0].rollout_id.endswith("/0")
+        assert left.baseline_rewards == (0.0, 0.5, 1.0)
+        assert (await buffer.counts()).dropped == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_group_that_lost_every_member_leaves_the_buffer():
+    async def scenario():
+        buffer = new_buffer(max_staleness=0)
+        await buffer.put(make_group(0, [[0], [0]]))
+        take = await buffer.take(1, step=1, wait_s=5.0)
+        assert take.lease is None and take.shrunk[0].rollouts == ()
+        counts = await buffer.counts()
+        assert (counts.buffered, counts.dropped) == (0, 2)
+
+    asyncio.run(scenario())
+
+
+def test_unscored_or_single_groups_are_refused():
+    async def scenario():
+        buffer = new_buffer()
+        with pytest.raises(RlsysError, match="cannot be buffered"):
+            await buffer.put(make_group(0, [[0]]))
+        with pytest.raises(RlsysError, match="cannot be buffered"):
+            await buffer.put(make_group(0, [[0], [0]], rewards=[1.0, None]))
+
+    asyncio.run(scenario())
+
+
+def test_one_survivor_of_a_scored_group_is_trained_against_the_whole_baseline():
+    group = drop_stale(make_group(0, [[0], [0], [2]]), step=2, max_staleness=1, age_policy="drop")
+
+    async def scenario():
+        buffer = new_buffer()
+        await buffer.put(group)
+        assert (await buffer.take(1, step=2, wait_s=1.0)).lease.groups[0].baseline_rewards == (0.0, 0.0, 1.0)
+
+    asyncio.run(scenario())
+
+
+def test_under_mask_a_rollout_leaves_only_when_all_of_its_tokens_are_too_old():
+    group = make_group(0, [[0, 2], [0, 0], [2, 2]])
+    left = drop_stale(group, step=2, max_staleness=1, age_policy="mask")
+    assert [rollout.rollout_id[-1] for rollout in left.rollouts] == ["0", "2"]
+    assert first_trained_step(step=2, max_staleness=1, age_policy="mask") == 1
+    assert first_trained_step(step=2, max_staleness=1, age_policy="drop") == 0
+
+
+def test_the_lead_is_full_at_eta_plus_one_batches():
+    limit = lead_limit(max_staleness=1, batch_rollouts=8)
+    assert limit == 16
+    assert may_start(lead=12, group_size=4, limit=limit)
+    assert not may_start(lead=13, group_size=4, limit=limit)
+
+
+def test_a_rollout_without_a_token_to_train_has_no_age():
+    from rlsys.buffer.staleness import oldest_step
+
+    with pytest.raises(ValueError, match="no token to train"):
+        oldest_step(make_rollout("r", []))
