@@ -29,7 +29,7 @@ from rlsys.controller.parts import Parts, PlaySpec, Sink, Source
 from rlsys.controller.plan import Plan
 from rlsys.records import RolloutGroup, Version
 from rlsys.reward.load import is_async_reward, load_reward
-from rlsys.reward.pool import GRACE_S, RewardPool
+from rlsys.reward.pool import GRACE_S, RESTART_TIMEOUT_S, RewardPool
 from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
 from rlsys.weights.pool import NUM_SEGMENTS, SegmentPool
 from rlsys.weights.segment import segment_path
@@ -105,9 +105,10 @@ async def build_run(config: Config, facts: Facts, source: Source, sink: Sink) ->
 def make_plan(config: Config) -> Plan:
     rollout, train, reward = config.rollout, config.train, config.reward
     batch_rollouts = train.prompts_per_batch * rollout.group_size
-    # a group may have to wait until the pool has scored everything else that may stand, each member twice at worst
+    # at worst a group waits until the pool has scored everything else that may stand, each member once with the others
+    # and once alone, with a restart after each call
     most_groups = lead_limit(max_staleness=rollout.max_staleness, batch_rollouts=batch_rollouts) / rollout.group_size
-    score_timeout_s = 2 * rollout.group_size * (reward.timeout_s + GRACE_S) * (1 + most_groups / reward.workers)
+    one_group_s = (rollout.group_size + 1) * (2 * reward.timeout_s + GRACE_S + RESTART_TIMEOUT_S)
     return Plan(
         steps=config.run.steps,
         prompts_per_batch=train.prompts_per_batch,
@@ -126,7 +127,8 @@ def make_plan(config: Config) -> Plan:
         correct_at=reward.correct_at,
         rollouts_logged=config.observe.rollouts_per_step,
         play_timeout_s=rollout.timeout_s,
-        score_timeout_s=score_timeout_s,
+        score_timeout_s=one_group_s * (1 + most_groups / reward.workers),
+        stall_s=rollout.timeout_s + one_group_s,
         step_timeout_s=train.timeout_s,
     )
 

@@ -1,7 +1,7 @@
 """The typed tree of configuration keys. Each part receives its own section, never the tree.
 
 Parameters of a table row (a loss, a correction, a task) are the keywords of its function, written beside ``name``;
-options of vLLM and DeepSpeed pass through ``rollout.vllm`` and ``train.deepspeed`` as they are. Neither is mirrored here.
+options of vLLM and DeepSpeed pass through ``rollout.vllm`` and ``train.deepspeed`` as they are. Neither is mirrored.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class RunSection(Section):
 
 class ModelSection(Section):
     path: str = "tiny"
-    """A Hugging Face folder of a causal LM with tokenizer, or ``tiny``: the embedded model (made and cached at first use)."""
+    """A Hugging Face folder of a causal LM with tokenizer, or ``tiny``: the embedded model, made and cached at first
+    use."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the rollout engines. The learner trains in float32 master weights."""
 
@@ -71,7 +72,7 @@ class DataSection(Section):
 
 class RewardSection(Section):
     path: str | None = None
-    """``package.module:function`` or ``file.py:function``; null means the task's own scorer, or exact match for files."""
+    """``package.module:function`` or ``file.py:function``; null: the task's own scorer, or exact match for files."""
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Deadline of one reward call, seconds."""
     workers: Annotated[int, Field(ge=1)] = 1

@@ -70,7 +70,6 @@ class Loops:
             export_timeout_s=plan.step_timeout_s,
             load_timeout_s=plan.play_timeout_s,
         )
-        self._stall_s = 2 * (plan.play_timeout_s + plan.score_timeout_s)
         self._limit = lead_limit(max_staleness=plan.max_staleness, batch_rollouts=plan.batch_rollouts)
         self._lead_fell = asyncio.Event()
         self._eval_due = asyncio.Event()
@@ -261,8 +260,8 @@ class Loops:
             await self.sync.publish_pending()
             if self._progress_mark() != seen:
                 quiet_since, seen = self.parts.clock.now(), self._progress_mark()
-            elif self.parts.clock.now() - quiet_since > self._stall_s:
-                raise WaitTimeout(f"rollouts ({self.ledger.describe()}; {self.roster.describe()})", self._stall_s)
+            elif self.parts.clock.now() - quiet_since > self.plan.stall_s:
+                raise WaitTimeout(f"rollouts ({self.ledger.describe()}; {self.roster.describe()})", self.plan.stall_s)
 
     async def _publish(self) -> None:
         self.roster.require(max(0, self.version.step - self.plan.max_staleness))
@@ -355,7 +354,7 @@ class Loops:
             try:
                 async with places:
                     free = self.roster.acquire(spec.group_size)
-                    engine = await within(self._stall_s, f"a free engine: {self.roster.describe()}", free)
+                    engine = await within(self.plan.stall_s, f"a free engine: {self.roster.describe()}", free)
                     group = await self._play(engine, prompt, spec)
                 return await self._score(group) if group.rollouts else group
             except EngineLost as error:

@@ -20,6 +20,7 @@ class Plan:
         correct_at: reward from which an answer is correct.
         rollouts_logged: sampled rollouts kept per step.
         play_timeout_s, score_timeout_s, step_timeout_s: deadlines, seconds.
+        stall_s: longest time in which not a single rollout gets on, seconds.
     """
 
     steps: int
@@ -36,6 +37,7 @@ class Plan:
     play_timeout_s: float
     score_timeout_s: float
     step_timeout_s: float
+    stall_s: float
 
     @property
     def batch_rollouts(self) -> int:

@@ -140,4 +140,5 @@ def _plan(world: World) -> Plan:
         play_timeout_s=60.0,
         score_timeout_s=60.0,
         step_timeout_s=60.0,
+        stall_s=120.0,
     )

@@ -1,0 +1,19 @@
+# Every target makes .venv ready first (requirements/setup.sh does nothing where it is ready already).
+# Variables: PYTHON, TORCH_INDEX (see requirements/setup.sh); ARGS, more words for the command behind the target, e.g.
+#   make quickstart ARGS="run.name=synchronous rollout.max_staleness=0"
+
+.PHONY: setup quickstart test check
+
+setup:
+	@bash requirements/setup.sh
+
+quickstart: setup
+	.venv/bin/rlsys train configs/quickstart.yaml $(ARGS)
+
+test: setup
+	.venv/bin/python -m pytest $(ARGS)
+
+check: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy

@@ -1,0 +1,64 @@
+"""Asynchronous reinforcement-learning post-training of language models, on vLLM, DeepSpeed and Ray.
+
+    import rlsys
+    result = rlsys.train("configs/quickstart.yaml", ["rollout.max_staleness=0"])
+
+Importing this package imports none of those libraries.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlsys.actors.run import RunResult
+    from rlsys.config.schema import Config
+
+__version__ = "0.1.0"
+
+
+def run(config: str | Path | Config, overrides: Sequence[str] = ()) -> RunResult:
+    """Train as ``config`` says, here: start or join Ray, run to the end, leave the run folder behind. The same as
+    ``rlsys.train(...)``.
+
+    Args:
+        config: path of a YAML file, or a ``Config``.
+        overrides: ``key=value`` words with dotted keys, which win over the file.
+
+    Raises:
+        ConfigError: the configuration cannot work; nothing was started.
+        RlsysError: the run failed.
+    """
+    from rlsys.config.checks import check_config
+    from rlsys.config.load import apply_overrides, load_config
+    from rlsys.config.presets import resolve
+    from rlsys.config.schema import Config
+
+    given = apply_overrides(config, overrides) if isinstance(config, Config) else load_config(config, overrides)
+    resolved = resolve(given)
+    check_config(resolved)
+    from rlsys.actors.run import run_training  # Ray is imported only once the config is known to work
+
+    return run_training(resolved)
+
+
+class _CallableModule(ModuleType):
+    """``rlsys.train`` is the package of the learner and, called, the way to start a run: both names are public."""
+
+    def __call__(self, config: str | Path | Config, overrides: Sequence[str] = ()) -> RunResult:
+        return run(config, overrides)
+
+
+importlib.import_module("rlsys.train").__class__ = _CallableModule
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RunResult":
+        from rlsys.actors.run import RunResult
+
+        return RunResult
+    raise AttributeError(f"module 'rlsys' has no attribute {name!r}")

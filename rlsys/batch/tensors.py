@@ -1,0 +1,100 @@
+"""What the learner is handed: a batch in tensors, cut into optimizer steps, ranks and microbatches.
+
+Legend: R rows, L tokens of a row. Every tensor [R, L] is aligned to the token it describes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlsys.records import Version
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Where a sample lies in a microbatch: tokens ``[row, offset : offset + length]`` are sample ``sample`` of those
+    handed to ``pack``."""
+
+    sample: int
+    row: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Microbatch:
+    """Rows of samples for one forward and backward pass. Several samples may share a row; positions restart at each.
+
+    Padding stands at the end of a row, carries no weight and continues the positions of the row's last sample: a row
+    with one sample has plain ascending positions, and so plain causal attention.
+
+    Attributes:
+        token_ids: int64 [R, L].
+        position_ids: int64 [R, L], 0 at the first token of each sample.
+        weight_mask: bool [R, L], tokens that carry weight in the gradient.
+        behaviour_logprobs: float32 [R, L], nats.
+        advantages: float32 [R, L].
+        on_policy_mask: bool [R, L], weighted tokens sampled by the version that is trained.
+        segments: the samples in it; none in a microbatch that only keeps ranks in step.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    weight_mask: Tensor
+    behaviour_logprobs: Tensor
+    advantages: Tensor
+    on_policy_mask: Tensor
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        shape = self.token_ids.shape
+        for tensor in (
+            self.position_ids,
+            self.weight_mask,
+            self.behaviour_logprobs,
+            self.advantages,
+            self.on_policy_mask,
+        ):
+            if tensor.shape != shape or len(shape) != 2:
+                raise ValueError(f"microbatch tensors must share one shape [R, L], got {shape} and {tensor.shape}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankPart:
+    """One rank's share of one optimizer step.
+
+    Attributes:
+        microbatches: as many as on every other rank (collectives would not match otherwise).
+        num_weighted_tokens: over all ranks; the loss is divided by it.
+    """
+
+    microbatches: tuple[Microbatch, ...]
+    num_weighted_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankBatch:
+    """One rank's share of a batch.
+
+    Attributes:
+        version: the version that is trained (the weights before the first of the steps).
+        parts: one per optimizer step, in order.
+        num_tokens: tokens of all samples over all ranks and parts, padding excluded.
+    """
+
+    version: Version
+    parts: tuple[RankPart, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """A packed batch: for each rank its share."""
+
+    ranks: tuple[RankBatch, ...]
+
+    def for_rank(self, rank: int) -> RankBatch:
+        """What rank ``rank`` trains; picklable."""
+        return self.ranks[rank]

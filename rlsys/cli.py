@@ -1,0 +1,120 @@
+"""The command line. Exit status: 0 done, 1 failed, 2 the configuration cannot work, 130 interrupted.
+
+Nothing heavy is imported before a command needs it, so that `rlsys --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from rlsys.errors import ConfigError, RlsysError
+
+DONE, FAILED, CONFIG_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="rlsys",
+    help="Asynchronous reinforcement-learning post-training of language models on vLLM, DeepSpeed and Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # an unexpected error keeps its plain traceback
+    rich_markup_mode=None,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of configuration keys.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Keys that win over the file, e.g. rollout.max_staleness=0."),
+]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from rlsys import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit(DONE)
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train here: start or join Ray, run to the end."""
+    import rlsys
+
+    _exit_with(lambda: rlsys.run(config, overrides or []).exit)
+
+
+@app.command()
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the resolved configuration and what follows from it; fail where it cannot work. Starts nothing."""
+    _exit_with(lambda: _check(config, overrides or []))
+
+
+@app.command("make-model")
+def make_model(
+    kind: Annotated[Literal["tiny"], typer.Argument(help="Which model: tiny, the embedded one.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
+    seed: Annotated[int, typer.Option(help="Seed of its first weights and of its warm-up.")] = 0,
+) -> None:
+    """Make the embedded model: a small causal LM with tokenizer, warmed up on worked answers."""
+    _exit_with(lambda: _make_tiny(out, seed))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _check(path: Path, overrides: list[str]) -> int:
+    from rlsys.config.checks import check_config
+    from rlsys.config.load import dump_config, load_config
+    from rlsys.config.presets import resolve
+
+    config = resolve(load_config(path, overrides))
+    typer.echo(dump_config(config))
+    for fact in check_config(config):
+        typer.echo(f"- {fact}")
+    return DONE
+
+
+def _make_tiny(out: Path, seed: int) -> int:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"OUT {out}", got="something is there already", wanted="a new or empty folder", remedy="name another folder"
+        )
+    from rlsys.tiny.make import make_tiny
+
+    make_tiny(out, seed=seed)
+    typer.echo(f"made {out}")
+    return DONE
+
+
+def _exit_with(command: Callable[[], int]) -> None:
+    """Run a command and leave with the exit status of what became of it."""
+    try:
+        status = command()
+    except ConfigError as error:
+        status = _report(CONFIG_ERROR, f"config error: {error}")
+    except RlsysError as error:
+        status = _report(FAILED, f"failed: {type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        status = _report(INTERRUPTED, "interrupted")
+    raise typer.Exit(status)
+
+
+def _report(status: int, message: str) -> int:
+    print(message, file=sys.stderr)
+    return status

@@ -1,0 +1,151 @@
+"""What must hold across sections before an actor starts (law 9: a config that cannot work fails before that).
+
+Every check is a function of its own with its own message. What needs a look at other things (the model's folder, the
+data, the reward function, the algorithm's tables) stands in ``references``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from rlsys.config import facts
+from rlsys.config.load import dump_config
+from rlsys.config.schema import Config
+from rlsys.errors import ConfigError
+
+
+def check_config(config: Config) -> list[str]:
+    """Check a resolved config as a whole, and everything it points at. Starts nothing, writes nothing.
+
+    Returns:
+        Derived facts, a sentence each, for the person who reads `rlsys check`.
+
+    Raises:
+        ConfigError: the first thing found that cannot work.
+    """
+    check_staleness_is_corrected(config)
+    check_batch_can_be_divided(config)
+    check_group_fits_an_engine(config)
+    check_pass_at(config)
+    check_data_is_named_once(config)
+    check_run_folder(config)
+    from rlsys.config import references  # looks into torch, transformers and the user's code: seconds, so last
+
+    found = references.check_references(config)
+    return facts.of_run(config) + facts.of_references(config, found)
+
+
+def check_staleness_is_corrected(config: Config) -> None:
+    correction = config.algo.correction
+    uncorrected = correction is None or correction.name == "none"
+    if config.rollout.max_staleness > 0 and uncorrected and not config.algo.allow_uncorrected:
+        raise ConfigError(
+            "algo.correction",
+            got=f"none, while rollout.max_staleness={config.rollout.max_staleness}",
+            wanted="a correction for tokens that an older policy sampled",
+            remedy="set algo.correction={name: tis}, or rollout.max_staleness=0, or algo.allow_uncorrected=true if "
+            "uncorrected stale data is what you want",
+        )
+
+
+def check_batch_can_be_divided(config: Config) -> None:
+    """Every optimizer step needs a rollout for every rank."""
+    rollouts = facts.rollouts_per_batch(config)
+    needed = config.train.steps_per_batch * config.train.ranks
+    if needed > rollouts:
+        raise ConfigError(
+            f"train.steps_per_batch={config.train.steps_per_batch}",
+            got=f"{rollouts} rollouts a batch for {config.train.steps_per_batch} optimizer steps on "
+            f"{config.train.ranks} ranks",
+            wanted=f"at least {needed} rollouts a batch, one for each step and rank",
+            remedy="lower train.steps_per_batch or train.ranks, or raise train.prompts_per_batch or rollout.group_size",
+        )
+
+
+def check_group_fits_an_engine(config: Config) -> None:
+    if config.rollout.group_size > config.rollout.slots:
+        raise ConfigError(
+            f"rollout.group_size={config.rollout.group_size}",
+            got=f"more than the {config.rollout.slots} rollouts that one engine runs at once (rollout.slots)",
+            wanted="a group that fits on one engine",
+            remedy="raise rollout.slots or lower rollout.group_size",
+        )
+
+
+def check_pass_at(config: Config) -> None:
+    if config.eval.samples == 0:
+        return
+    wrong = [k for k in config.eval.pass_at if not 1 <= k <= config.eval.samples]
+    if wrong:
+        raise ConfigError(
+            "eval.pass_at",
+            got=f"k = {', '.join(map(str, wrong))} with eval.samples={config.eval.samples}",
+            wanted="every k from 1 to eval.samples",
+            remedy="raise eval.samples or remove that k",
+        )
+
+
+def check_data_is_named_once(config: Config) -> None:
+    has_file, has_task = config.data.train_path is not None, config.data.task is not None
+    if has_file == has_task:
+        raise ConfigError(
+            "data.train_path and data.task",
+            got="both" if has_file else "neither",
+            wanted="exactly one: a file of questions or a generated task",
+            remedy="remove one"
+            if has_file
+            else "set data.train_path=questions.jsonl, or data.task={name: reversed_sum}",
+        )
+    if has_task and config.data.eval_path is not None:
+        raise ConfigError(
+            "data.eval_path",
+            got=f"{config.data.eval_path} beside a generated task",
+            wanted="a held-out file only beside data.train_path: a task's held-out questions are split off its own",
+            remedy="remove data.eval_path, or give data.train_path instead of data.task",
+        )
+
+
+def check_run_folder(config: Config) -> None:
+    """A run never writes into the folder of another one. One that trained no batch may be started again."""
+    folder = config.run.root / config.run.name
+    remedy = f"choose another run.name, or delete the folder: rm -r {folder}"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("run.name", got=f"{folder} is a file", wanted="a folder or nothing there", remedy=remedy)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    what, wanted = f"run.name={config.run.name}", "a new run folder"
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(what, got=f"{folder} holds other things than a run", wanted=wanted, remedy=remedy)
+    differing = _differences(folder, config)
+    if differing:
+        raise ConfigError(
+            what, got=f"{folder} is a run with another config ({differing})", wanted=wanted, remedy=remedy
+        )
+    if (folder / "result.json").exists():
+        raise ConfigError(what, got=f"{folder} is a finished run of this config", wanted=wanted, remedy=remedy)
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size > 0:
+        raise ConfigError(what, got=f"{folder} is a started run of this config", wanted=wanted, remedy=remedy)
+
+
+def _differences(folder: Any, config: Config) -> str:
+    """Keys whose values differ between the run in the folder and this config, the first three of them in words."""
+    try:
+        there = dict(_flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}))
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        return f"its config.yaml cannot be read: {type(error).__name__}"
+    here = dict(_flat(yaml.safe_load(dump_config(config))))
+    keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    shown = [f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys[:3]]
+    return "; ".join(shown) + (f"; and {len(keys) - 3} more keys" if len(keys) > 3 else "")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

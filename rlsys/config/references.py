@@ -1,0 +1,328 @@
+"""Looking at what a config points at: the algorithm's tables, the model's folder, the data, the reward function.
+
+This is the one module of ``config`` that looks up to the packages above it, and only inside functions: a config that
+cannot work has to fail before an actor starts (law 9), and only those packages know what their names mean.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlsys.config.facts import Found, in_words
+from rlsys.config.load import TINY
+from rlsys.config.schema import Config, Row
+from rlsys.errors import ConfigError
+from rlsys.records import Message
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+
+def check_references(config: Config) -> Found:
+    """Look at everything that a resolved config points at, the quick looks first. Starts nothing.
+
+    Raises:
+        ConfigError: the first thing found that cannot work.
+    """
+    from rlsys.prompts.source import load_questions
+
+    check_vllm_options(config)
+    check_deepspeed_options(config)
+    model = check_model_folder(config)
+    check_gpus(config)
+    rows = check_rows(config)
+    split = load_questions(config.data).split
+    reward = check_reward_function(config, split.train[0].fields)
+    contents = [question.content for question in (*split.train, *split.held_out)]
+    longest = longest_prompt_tokens(load_tokenizer(config), contents)
+    check_token_budget(config, longest, model.get("max_position_embeddings"))
+    return Found(
+        rows=rows,
+        num_train=len(split.train),
+        num_eval=len(split.held_out),
+        longest_prompt_tokens=longest,
+        reward=reward,
+    )
+
+
+def check_reward_function(config: Config, fields: Mapping[str, Any]) -> str:
+    """The reward function can be imported and called, and finds its arguments among the data's columns.
+
+    Args:
+        fields: further columns of a question.
+
+    Returns:
+        Its import path.
+    """
+    from rlsys.prompts.source import default_reward_path
+    from rlsys.reward.load import check_reward, load_reward
+
+    path = config.reward.path or default_reward_path(config.data)
+    check_reward(load_reward(path), fields)
+    return path
+
+
+def check_rows(config: Config) -> dict[str, str]:
+    """Every algorithm row exists in its table, takes the parameters given, and accepts their values.
+
+    The values are tried by calling the function on three tokens.
+
+    Returns:
+        Each row in words, defaults included.
+    """
+    import torch
+
+    from rlsys.algo.advantages import ADVANTAGES
+    from rlsys.algo.corrections import CORRECTIONS
+    from rlsys.algo.losses import POLICY_LOSSES
+
+    logprobs_T = torch.tensor([-0.1, -0.2, -0.3])
+    mask_T = torch.tensor([True, True, False])
+    tables: tuple[tuple[str, Mapping[str, Callable[..., Any]], tuple[Any, ...]], ...] = (
+        ("advantage", ADVANTAGES, (torch.tensor([0.0, 1.0]), torch.tensor([0]))),
+        ("loss", POLICY_LOSSES, (logprobs_T, logprobs_T, logprobs_T, mask_T)),
+        ("correction", CORRECTIONS, (logprobs_T, logprobs_T, mask_T)),
+    )
+    return {key: check_row(f"algo.{key}", getattr(config.algo, key), table, tried) for key, table, tried in tables}
+
+
+def check_row(key: str, row: Row, table: Mapping[str, Callable[..., Any]], tried: Sequence[Any]) -> str:
+    """One row of one table. Returns it in words, defaults included."""
+    function = table.get(row.name)
+    if function is None:
+        raise ConfigError(
+            f"{key}.name",
+            got=repr(row.name),
+            wanted="one of " + ", ".join(table),
+            remedy=_did_you_mean(row.name, table, "choose one of these"),
+        )
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    for name, value in row.params.items():
+        if name not in parameters:
+            raise ConfigError(
+                f"{key}.{name}",
+                got=f"{row.name} has no such parameter",
+                wanted="one of " + ", ".join(parameters) if parameters else f"no parameter: {row.name} has none",
+                remedy=_did_you_mean(name, parameters, "remove it"),
+            )
+        _check_type(f"{key}.{name}", value, parameters[name])
+    missing = [
+        name for name, p in parameters.items() if p.default is inspect.Parameter.empty and name not in row.params
+    ]
+    if missing:
+        raise ConfigError(
+            f"{key}.{missing[0]}", got="nothing", wanted=f"a value: {row.name} needs it", remedy="write it in the row"
+        )
+    try:
+        function(*tried, **row.params)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ConfigError(
+            key, got=f"{in_words(row)}: {error}", wanted="values in range", remedy=f"see the docstring of {row.name}"
+        ) from error
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    return in_words(Row(name=row.name, **{**defaults, **row.params}))
+
+
+def check_vllm_options(config: Config) -> None:
+    """The names in ``rollout.vllm`` are arguments of vLLM's engine, and none that rlsys sets itself."""
+    from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS
+
+    known = _vllm_arguments()
+    for name, value in config.rollout.vllm.items():
+        if name in OWNED_ARGUMENTS:
+            raise ConfigError(
+                f"rollout.vllm.{name}",
+                got=repr(value),
+                wanted="an engine argument that rlsys does not set itself",
+                remedy=f"remove it: {OWNED_ARGUMENTS[name]}",
+            )
+        if known and name not in known:
+            raise ConfigError(
+                f"rollout.vllm.{name}",
+                got="no argument of vLLM's engine",
+                wanted="an argument of vllm's AsyncEngineArgs, with underscores",
+                remedy=_did_you_mean(name, known, "remove it"),
+            )
+
+
+def check_deepspeed_options(config: Config) -> None:
+    from rlsys.train.deepspeed_config import deepspeed_config
+
+    deepspeed_config(config.train, device="cuda" if config.train.gpus_per_rank > 0 else "cpu")
+
+
+def check_gpus(config: Config) -> None:
+    """GPUs that are asked for exist, where the run has no cluster but this machine."""
+    asked = [
+        key
+        for key, value in (
+            ("rollout.gpus_per_replica", config.rollout.gpus_per_replica),
+            ("train.gpus_per_rank", config.train.gpus_per_rank),
+        )
+        if value > 0
+    ]
+    if not asked or config.ray.address or os.environ.get("RAY_ADDRESS"):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            asked[0],
+            got="GPUs asked for on a machine where torch sees none",
+            wanted="0 here, or a cluster that has GPUs",
+            remedy=f"set {'=0 and '.join(asked)}=0, or name a cluster: ray.address",
+        )
+
+
+def check_model_folder(config: Config) -> dict[str, Any]:
+    """The folder holds a causal LM that transformers knows, with weights and tokenizer.
+
+    Returns:
+        Its ``config.json``; empty for the embedded model, which is made at first use.
+    """
+    if config.model.path == TINY:
+        return {}
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        raise ConfigError(
+            "model.path",
+            got=f"{folder} is no folder",
+            wanted="a Hugging Face folder of a causal LM, or tiny",
+            remedy="download the model and give its folder, or make one: rlsys make-model tiny OUT",
+        )
+    architecture = _read_json(folder / "config.json")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = architecture.get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(
+            "model.path",
+            got=f"model_type {kind!r} in {folder / 'config.json'}",
+            wanted="a type of causal LM that the installed transformers knows",
+            remedy=_did_you_mean(str(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "choose another model"),
+        )
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
+        raise ConfigError(
+            "model.path",
+            got=f"no weights in {folder}",
+            wanted=" or ".join(WEIGHT_PATTERNS),
+            remedy="download the model's weights too, or write them with save_pretrained",
+        )
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            "model.path",
+            got=f"no tokenizer in {folder}",
+            wanted=" or ".join(TOKENIZER_FILES),
+            remedy="write the model's tokenizer into the folder with save_pretrained",
+        )
+    return architecture
+
+
+def load_tokenizer(config: Config) -> Any:
+    if config.model.path == TINY:
+        from rlsys.tiny.model import make_tokenizer
+
+        return make_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(config.model.path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            "model.path",
+            got=f"a tokenizer in {config.model.path} that does not load: {error}",
+            wanted="a tokenizer of transformers",
+            remedy="write it anew with save_pretrained",
+        ) from error
+
+
+def longest_prompt_tokens(tokenizer: Any, contents: Sequence[str | tuple[Message, ...]]) -> int:
+    """Tokens of the longest prompt, chat template included.
+
+    A token stands for at least one byte, so prompts of fewer bytes (plus the template) than the longest one found
+    has tokens are passed over.
+    """
+    from rlsys.rollout.play import opening_tokens
+
+    template = len(opening_tokens(tokenizer, " "))
+    longest = 0
+    for most, content in sorted(((_most_tokens(c, template), c) for c in contents), key=lambda pair: -pair[0]):
+        if most <= longest:
+            break
+        longest = max(longest, len(opening_tokens(tokenizer, content)))
+    return longest
+
+
+def check_token_budget(config: Config, longest_prompt: int, max_positions: int | None) -> None:
+    """The longest possible sequence fits a microbatch and the model's context."""
+    sequence = longest_prompt + config.rollout.max_tokens
+    made_of = f"the longest prompt has {longest_prompt} tokens, rollout.max_tokens is {config.rollout.max_tokens}"
+    if sequence > config.train.tokens_per_microbatch:
+        raise ConfigError(
+            f"train.tokens_per_microbatch={config.train.tokens_per_microbatch}",
+            got=f"sequences of up to {sequence} tokens: {made_of}",
+            wanted=f"at least {sequence}, so that every sequence fits a microbatch",
+            remedy=f"set train.tokens_per_microbatch={sequence} or more, lower rollout.max_tokens, or cut long prompts",
+        )
+    if max_positions is not None and sequence > max_positions:
+        raise ConfigError(
+            f"rollout.max_tokens={config.rollout.max_tokens}",
+            got=f"sequences of up to {sequence} tokens: {made_of}",
+            wanted=f"at most {max_positions}, the model's context (max_position_embeddings)",
+            remedy=f"set rollout.max_tokens={max(1, max_positions - longest_prompt)} or less, or remove long prompts",
+        )
+
+
+def _most_tokens(content: str | tuple[Message, ...], template: int) -> int:
+    texts = [content] if isinstance(content, str) else [message["content"] for message in content]
+    return sum(len(text.encode()) + template for text in texts)
+
+
+def _check_type(key: str, value: Any, parameter: inspect.Parameter) -> None:
+    kind = parameter.annotation
+    allowed = {float: (int, float), int: (int,), bool: (bool,), str: (str,)}.get(kind)
+    if allowed is None or (isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))):
+        return
+    raise ConfigError(key, got=repr(value), wanted=f"a {kind.__name__}", remedy=f"the default is {parameter.default!r}")
+
+
+def _vllm_arguments() -> set[str]:
+    """Names of vLLM's engine arguments, read from its source: importing vllm takes ten seconds. Empty where it is not
+    installed here (a driver of a remote cluster need not have it)."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        return set()
+    tree = ast.parse((Path(spec.submodule_search_locations[0]) / "engine" / "arg_utils.py").read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("EngineArgs")]
+    fields = [field for node in classes for field in node.body if isinstance(field, ast.AnnAssign)]
+    return {field.target.id for field in fields if isinstance(field.target, ast.Name)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "model.path",
+            got=f"{path}: {type(error).__name__}: {error}",
+            wanted="the config.json of a Hugging Face model",
+            remedy="give a folder that save_pretrained wrote",
+        ) from error
+    return tree if isinstance(tree, dict) else {}
+
+
+def _did_you_mean(name: str, known: Mapping[str, Any] | set[str], otherwise: str) -> str:
+    nearest = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"did you mean {nearest[0]}?" if nearest else otherwise

@@ -1,0 +1,79 @@
+"""Everything the controller reports, handed on to whoever keeps or shows it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TextIO
+
+from rlsys.observe.progress import Progress
+from rlsys.observe.rollout_log import RolloutLog
+from rlsys.observe.trackers import Tracker
+from rlsys.records import RolloutGroup, Version
+
+
+class Gauges(Protocol):
+    def set(self, values: Mapping[str, float]) -> None:
+        """Take over present values by metric name; must not block."""
+        ...
+
+
+class RunSink:
+    """Called from the controller's event loop, so it never waits: rollouts and the progress view are written by threads
+    of their own, a step is one short line to a file."""
+
+    def __init__(
+        self,
+        *,
+        trackers: Tracker,
+        progress: Progress,
+        log: TextIO,
+        rollout_log: RolloutLog | None = None,
+        gauges: Gauges | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            trackers: get each step, with the seconds since this sink was made.
+            log: gets each event, with the time of day.
+            rollout_log: None where no rollouts are kept.
+            gauges: None where nobody collects them.
+        """
+        self._trackers, self._progress, self._log = trackers, progress, log
+        self._rollout_log, self._gauges = rollout_log, gauges
+        self._clock, self._began = clock, clock()
+        self._told_of_failure = False
+
+    def step(self, step: int, version: Version, metrics: Mapping[str, float]) -> None:
+        self._trackers.step(step, version, self._clock() - self._began, metrics)
+        self._progress.step(step, version, metrics)
+        if self._gauges is not None:
+            self._gauges.set({"step": step, **metrics})
+
+    def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        """``step``: the one at which they were trained, from which their staleness counts."""
+        if self._rollout_log is None:
+            return
+        self._rollout_log.write(step, groups)
+        if self._rollout_log.failure is not None and not self._told_of_failure:
+            self._told_of_failure = True
+            self.event(f"sampled rollouts are no longer written: {self._rollout_log.failure}")
+
+    def event(self, text: str) -> None:
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.flush()
+        self._progress.event(text)
+
+    def live(self, values: Mapping[str, float]) -> None:
+        self._progress.live(values)
+        if self._gauges is not None:
+            self._gauges.set(values)
+
+    def close(self, summary: str = "") -> None:
+        """Write out what is pending; ``summary`` is the last word to the person who watches."""
+        if self._rollout_log is not None:
+            self._rollout_log.close()
+            if self._rollout_log.num_skipped:
+                self.event(f"{self._rollout_log.num_skipped} sampled rollouts were not written: the disk was too slow")
+        self._trackers.close()
+        self._progress.close(summary)

@@ -1,0 +1,274 @@
+"""The real engine: vLLM's ``AsyncLLM`` behind the five methods of ``Engine``.
+
+A weight swap, in order (``load_weights``): verify the bytes while generation goes on; pause at a token boundary; load;
+resume; probe; hand out. What finishes between resume and proof is held back until the proof, or lost with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import fields
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError, VLLMServerError
+from vllm.inputs.engine import tokens_input
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from rlsys.errors import ConfigError, EngineLost, RequestRefused, WaitTimeout, WeightsRefused
+from rlsys.records import LoadReport, StopReason, Turn, Version, WeightVersion
+from rlsys.rollout.engine import GenerateRequest
+from rlsys.rollout.vllm_settings import BACKEND, VllmSettings
+from rlsys.weights.probe import TOLERANCE, check_probe
+from rlsys.weights.segment import SegmentReader
+from rlsys.weights.vllm_plugin import init_info, update_info
+
+PROBE_PRIORITY = -1  # smaller goes first; rollouts have 0
+_STOP_REASONS = {"stop": StopReason.EOS, "length": StopReason.LENGTH}
+
+
+class VllmEngine:
+    """One vLLM engine, in processes of its own, driven from this one.
+
+    Args:
+        name: appears in every error.
+        settings: what it is started with.
+
+    Raises:
+        ConfigError: ``settings.vllm`` names no engine argument of vLLM.
+    """
+
+    def __init__(self, name: str, settings: VllmSettings) -> None:
+        _check_arguments(settings)
+        self._name, self._settings = name, settings
+        self._llm: AsyncLLM | None = None
+        self._version: Version | None = None
+        self._lost: str | None = None
+        self._in_flight: set[str] = set()
+        self._loading = asyncio.Lock()
+        self._proven = asyncio.Event()  # clear while a version is loaded but not proven
+        self._proven.set()
+
+    @property
+    def version(self) -> Version | None:
+        return self._version
+
+    async def start(self) -> None:
+        """Raises WaitTimeout or EngineLost if the engine does not come up."""
+        arguments = AsyncEngineArgs(
+            **self._settings.arguments(on_cpu=current_platform.is_cpu()),
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        )
+        seconds = self._settings.start_timeout_s
+        try:
+            async with asyncio.timeout(seconds):
+                # in a thread: it blocks until the engine's processes are up
+                llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+                self._llm = llm
+                await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info()))
+        except TimeoutError:
+            raise WaitTimeout(f"engine {self._name} to start", seconds) from None
+        except (RuntimeError, ValueError, OSError, VLLMServerError) as error:
+            raise EngineLost(f"engine {self._name} did not start: {type(error).__name__}: {error}") from error
+
+    async def generate(self, request: GenerateRequest) -> Turn:
+        """Raises RequestRefused (this request cannot be served) or EngineLost."""
+        llm = self._alive()
+        if self._version is None:
+            raise RequestRefused(f"engine {self._name} serves no proven version yet")
+        self._in_flight.add(request.request_id)
+        try:
+            async with self._deadline(f"request {request.request_id}"):
+                try:
+                    output = await _final_output(llm, request.token_ids, _sampling(request), request.request_id)
+                except VLLMClientError as error:
+                    raise RequestRefused(f"engine {self._name} refused {request.request_id}: {error}") from error
+                await self._proven.wait()
+        finally:
+            self._in_flight.discard(request.request_id)
+        self._alive()
+        return self._turn(output.outputs[0], request.request_id)
+
+    async def load_weights(self, weights: WeightVersion) -> LoadReport:
+        """One load at a time. Raises WeightsRefused: before the swap (then the engine goes on serving what it served),
+        or after a failed probe (then it serves nothing any more); or EngineLost."""
+        async with self._loading:
+            llm = self._alive()
+            started = perf_counter()
+            try:
+                async with self._deadline(f"weights {weights.version}"):
+                    # before the pause, and off the event loop: generation goes on while the bytes are read
+                    await asyncio.to_thread(_verify, weights)
+                    paused = perf_counter()
+                    await self._swap(llm, weights)
+                    # the probe is queued before the engine goes on, so that it is in the first batch
+                    answers, resumed = await asyncio.gather(self._answer_probe(llm, weights), _resume(llm))
+                    difference = self._prove(weights, answers)
+            finally:
+                if not self._proven.is_set():  # broken off on the way: the model is torn, or paused, or unproven
+                    await self._lose(f"the swap to version {weights.version} did not reach its proof")
+            return LoadReport(
+                engine=self._name,
+                version=weights.version,
+                pause_s=resumed - paused,
+                total_s=perf_counter() - started,
+                probe_difference=difference,
+            )
+
+    async def stop(self) -> None:
+        """Shut the engine's processes down. Whatever is still in flight raises EngineLost."""
+        await self._lose("it was stopped")
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown)
+            self._llm = None
+
+    async def _swap(self, llm: AsyncLLM, weights: WeightVersion) -> None:
+        self._proven.clear()
+        await llm.pause_generation(mode="keep", clear_cache=True)
+        await llm.start_weight_update()
+        await llm.update_weights(WeightTransferUpdateRequest(update_info=update_info(weights.segment, weights.tensors)))
+        await llm.finish_weight_update(weight_version=str(weights.version))
+
+    async def _answer_probe(self, llm: AsyncLLM, weights: WeightVersion) -> list[NDArray[np.float32]]:
+        """Log-probabilities of the probe's tokens as the engine computes them now, float32 [T] each."""
+        outputs = await asyncio.gather(
+            *(
+                _final_output(
+                    llm, token_ids_T.tolist(), _PROBE_SAMPLING, f"probe-{weights.version}-{index}", PROBE_PRIORITY
+                )
+                for index, token_ids_T in enumerate(weights.probe.token_ids)
+            )
+        )
+        return [_prompt_logprobs(output) for output in outputs]
+
+    def _prove(self, weights: WeightVersion, answers: list[NDArray[np.float32]]) -> float:
+        tolerance = TOLERANCE[self._settings.dtype]
+        try:
+            difference = check_probe(answers, weights.probe, weights.previous_probe, tolerance)
+        except WeightsRefused as error:
+            self._lost = f"version {weights.version} failed its proof: {error}"
+            raise WeightsRefused(f"engine {self._name}, version {weights.version}: {error}") from error
+        self._version = weights.version
+        self._proven.set()
+        return difference
+
+    def _turn(self, completion: CompletionOutput, request_id: str) -> Turn:
+        stop_reason = _STOP_REASONS.get(completion.finish_reason or "")
+        if stop_reason is None or completion.weight_versions is None:
+            raise EngineLost(f"engine {self._name} ended {request_id} with {completion.finish_reason!r}")
+        return Turn(
+            token_ids_T=np.asarray(completion.token_ids, dtype=np.int32),
+            behaviour_logprobs_T=np.asarray(completion.logprobs.logprobs, dtype=np.float32),  # type: ignore[union-attr]
+            versions_T=np.repeat(
+                np.asarray([Version.parse(span.version).code for span in completion.weight_versions], dtype=np.int64),
+                [span.end - span.start for span in completion.weight_versions],
+            ),
+            stop_reason=stop_reason,
+        )
+
+    def _alive(self) -> AsyncLLM:
+        if self._lost is not None:
+            raise EngineLost(f"engine {self._name} is lost: {self._lost}")
+        if self._llm is None:
+            raise EngineLost(f"engine {self._name} was not started")
+        return self._llm
+
+    async def _lose(self, reason: str) -> None:
+        """Serve nothing from now on, and end what is in flight."""
+        self._lost = self._lost or reason
+        self._proven.set()  # whoever waits for the proof wakes up and finds the engine lost
+        if self._llm is not None:
+            await self._llm.abort(tuple(self._in_flight))
+
+    @asynccontextmanager
+    async def _deadline(self, what: str) -> AsyncIterator[None]:
+        """A boundary to the engine's processes: an answer that does not come in time, and every failure on their
+        side, means that the engine is lost."""
+        seconds = self._settings.timeout_s
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except (RequestRefused, WeightsRefused, EngineLost):
+            raise
+        except TimeoutError:
+            await self._lose(str(WaitTimeout(f"{what} on engine {self._name}", seconds)))
+            raise self._loss() from None
+        except Exception as error:  # vLLM hands failures of its worker process over as plain Exception
+            await self._lose(f"{what}: {type(error).__name__}: {error}")
+            raise self._loss() from error
+
+    def _loss(self) -> EngineLost:
+        return EngineLost(f"engine {self._name} is lost: {self._lost}")
+
+
+_PROBE_SAMPLING = SamplingParams(
+    temperature=1.0,
+    max_tokens=1,  # the least that vLLM samples; it is thrown away
+    prompt_logprobs=0,
+    flat_logprobs=True,
+    detokenize=False,
+    output_kind=RequestOutputKind.FINAL_ONLY,
+)
+
+
+def _sampling(request: GenerateRequest) -> SamplingParams:
+    return SamplingParams(
+        temperature=request.temperature,
+        seed=request.seed,
+        max_tokens=request.max_tokens,
+        logprobs=0,  # of the sampled token only
+        flat_logprobs=True,  # lists of numbers instead of one object per token
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,  # made for this request alone
+    )
+
+
+async def _resume(llm: AsyncLLM) -> float:
+    """Returns when it went on, as ``perf_counter`` tells it."""
+    await llm.resume_generation()
+    return perf_counter()
+
+
+async def _final_output(
+    llm: AsyncLLM, token_ids: list[int], sampling: SamplingParams, request_id: str, priority: int = 0
+) -> RequestOutput:
+    final = None
+    async for output in llm.generate(tokens_input(token_ids), sampling, request_id, priority=priority):
+        final = output
+    assert final is not None  # vLLM yields the final output or raises
+    return final
+
+
+def _prompt_logprobs(output: RequestOutput) -> NDArray[np.float32]:
+    """Float32 [T]; index 0 is 0, since nothing predicts the first token."""
+    positions = output.prompt_logprobs
+    assert positions is not None  # asked for in the sampling parameters
+    return np.asarray([0.0, *positions.logprobs], dtype=np.float32)  # type: ignore[union-attr]
+
+
+def _verify(weights: WeightVersion) -> None:
+    SegmentReader(weights.segment, weights.tensors).verify()
+
+
+def _check_arguments(settings: VllmSettings) -> None:
+    known = [argument.name for argument in fields(AsyncEngineArgs)]
+    for key in settings.vllm:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(
+                f"rollout.vllm.{key}",
+                got=repr(settings.vllm[key]),
+                wanted="an engine argument of vLLM",
+                remedy=f"did you mean {near[0]}?" if near else "remove it",
+            )

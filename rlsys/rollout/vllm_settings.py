@@ -1,0 +1,128 @@
+"""What a vLLM engine is started with.
+
+Imports without vllm: the driver checks this and passes it on before an actor starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlsys.errors import ConfigError
+from rlsys.weights.probe import NUM_SEQUENCES, NUM_TOKENS
+
+PLUGIN = "rlsys.weights.vllm_plugin.WorkerExtension"
+BACKEND = "rlsys_shm"  # as the plugin registers itself
+
+# engine arguments that follow from other keys or carry the engine contract, and where they come from
+_CONTRACT = "part of how rlsys drives an engine; it cannot be changed"
+OWNED_ARGUMENTS = {
+    "model": "model.path",
+    "tokenizer": "model.path",
+    "dtype": "model.dtype",
+    "seed": "run.seed",
+    "max_num_seqs": "rollout.slots",
+    "max_model_len": "derived from the longest prompt and rollout.max_tokens",
+    "logprobs_mode": _CONTRACT,
+    "weight_transfer_config": _CONTRACT,
+    "worker_extension_cls": _CONTRACT,
+    "scheduling_policy": _CONTRACT,
+    "enable_chunked_prefill": _CONTRACT,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VllmSettings:
+    """How one engine is brought up.
+
+    Attributes:
+        model: Hugging Face folder.
+        dtype: precision, a key of ``rlsys.weights.probe.TOLERANCE``.
+        max_model_len: longest context, prompt and answer together, tokens.
+        slots: most rollouts at once.
+        seed: of the engine; each request brings its own.
+        start_timeout_s: deadline for the engine to come up, seconds.
+        timeout_s: deadline of one request and of one weight swap, seconds.
+        vllm: further engine arguments, passed through (config key ``rollout.vllm``).
+        worker_extension: class whose import registers the transfer engine in the worker process.
+
+    Raises:
+        ConfigError: ``vllm`` names an argument that rlsys sets itself.
+
+    Example:
+        >>> VllmSettings(model="m", dtype="float32", max_model_len=512, slots=8, seed=0,
+        ...              start_timeout_s=600, timeout_s=300).arguments(on_cpu=True)["max_num_seqs"]
+        10
+    """
+
+    model: str
+    dtype: str
+    max_model_len: int
+    slots: int
+    seed: int
+    start_timeout_s: float
+    timeout_s: float
+    vllm: Mapping[str, Any] = field(default_factory=dict)
+    worker_extension: str = PLUGIN
+
+    def __post_init__(self) -> None:
+        for key in self.vllm:
+            if key in OWNED_ARGUMENTS:
+                raise ConfigError(
+                    f"rollout.vllm.{key}",
+                    got=repr(self.vllm[key]),
+                    wanted="an engine argument that rlsys does not set itself",
+                    remedy=f"remove it: {OWNED_ARGUMENTS[key]}",
+                )
+
+    def arguments(self, *, on_cpu: bool) -> dict[str, Any]:
+        """Keywords of vLLM's ``AsyncEngineArgs``, but for the weight transfer config, which is a vLLM object."""
+        defaults: dict[str, Any] = {
+            "enforce_eager": on_cpu,  # on CPU compiling takes over a minute and gains nothing
+            "disable_log_stats": True,
+        }
+        owned: dict[str, Any] = {
+            "model": self.model,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            # room for the probe beside full slots, so that the proof of a version never waits for rollouts
+            "max_num_seqs": self.slots + NUM_SEQUENCES,
+            "max_model_len": max(self.max_model_len, NUM_TOKENS + 1),
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": self.worker_extension,
+            "scheduling_policy": "priority",  # the probe goes before every rollout
+            # On CPU a prefill cut into chunks kills vLLM where the request has a seed: it takes the cut request's
+            # sample back by the generator's offset, and a CPU generator has none. After a swap every context in flight
+            # is prefilled again, more than fits into one batch.
+            "enable_chunked_prefill": not on_cpu,
+        }
+        return {**defaults, **self.vllm, **owned}
+
+
+def engine_environment(*, cpus: float, gpus: float, kv_cache_gib: int = 1) -> dict[str, str]:
+    """Environment variables that an engine's process needs before it imports vllm.
+
+    Args:
+        cpus: cores of the engine; fractions count as one.
+        gpus: above 0, the settings of the CPU backend are left out.
+        kv_cache_gib: key-value cache of the CPU backend, GiB.
+    """
+    everywhere = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would copy the threads' locks of the process that drives it
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if gpus > 0:
+        return everywhere
+    threads = str(max(1, int(cpus)))
+    return everywhere | {
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker lives in the engine's process: one process less
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # Ray decides where processes run
+        # without it the first request with log-probabilities compiles for ten seconds, eager or not
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+    }

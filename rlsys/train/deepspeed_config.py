@@ -1,0 +1,90 @@
+"""The DeepSpeed configuration of a learner: what rlsys derives, and what a user passes through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlsys.config.schema import TrainSection
+from rlsys.errors import ConfigError
+
+_BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's own default reserves 2 GB per reduction buffer, whatever the model
+_ADAM_TYPES = ("adam", "adamw")
+
+# DeepSpeed keys that follow from a key of rlsys, or from how the learner steps, and the remedy for who sets them.
+_OURS = {
+    "gradient_clipping": "Set train.max_grad_norm instead.",
+    "zero_optimization.stage": "Set train.zero_stage instead.",
+    "train_micro_batch_size_per_gpu": "Set train.tokens_per_microbatch instead.",
+    "train_batch_size": "Set train.prompts_per_batch instead.",
+    "gradient_accumulation_steps": "Leave it out: microbatches follow from train.tokens_per_microbatch.",
+    "managed_gradient_accumulation": "Leave it out: the learner marks the last microbatch itself.",
+    "fp16.enabled": "Use train.deepspeed.bf16: float16's loss scaling skips steps, and skipped steps are no versions.",
+    "tensor_parallel.autotp_size": "Leave it out: the learner is data-parallel.",
+}
+_WANTED_WHERE_UNSET = {"fp16.enabled": False, "tensor_parallel.autotp_size": 1, "managed_gradient_accumulation": True}
+
+
+def deepspeed_config(train: TrainSection, *, device: str) -> dict[str, Any]:
+    """The dict for ``deepspeed.initialize``: ours, with ``train.deepspeed`` merged over it.
+
+    ``train.deepspeed.optimizer`` replaces ours whole, since another optimizer has other parameters; its learning rate
+    is ``train.lr`` where it names none.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: an entry of ``train.deepspeed`` contradicts ours.
+    """
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": train.max_grad_norm,
+        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": _BUCKET_ELEMENTS},
+        "zero_allow_untested_optimizer": True,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": train.lr, "betas": list(train.betas), "weight_decay": train.weight_decay},
+        },
+    }
+    _refuse_contradictions(train, ours)
+    merged = _merge(ours, train.deepspeed)
+    if "optimizer" in train.deepspeed:
+        merged["optimizer"] = _merge({"params": {"lr": train.lr}}, train.deepspeed["optimizer"])
+    optimizer = merged["optimizer"]
+    if device == "cpu" and str(optimizer.get("type", "")).lower() in _ADAM_TYPES:
+        optimizer["params"] = {"torch_adam": True, **optimizer["params"]}  # else a C++ op is compiled at start
+    return merged
+
+
+def _refuse_contradictions(train: TrainSection, ours: Mapping[str, Any]) -> None:
+    for key, remedy in _OURS.items():
+        got = _look_up(train.deepspeed, key)
+        wanted = _look_up(ours, key)
+        if wanted is None:
+            wanted = _WANTED_WHERE_UNSET.get(key)
+        if got is not None and got != wanted:
+            needed = "no entry" if wanted is None else f"{wanted!r}, or no entry"
+            raise ConfigError(f"train.deepspeed.{key}", repr(got), needed, remedy)
+
+
+def _look_up(tree: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = tree
+    for key in dotted.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` on ``base``, section by section; neither is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping):
+            below = merged.get(key)
+            merged[key] = _merge(below if isinstance(below, Mapping) else {}, value)
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,241 @@
+"""One rank of the learner: DeepSpeed around a Hugging Face model. A plain class; actors/ puts it into a process.
+
+Legend: R rows, L tokens of a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlsys.algo.measures import Mean, Measure, merge
+from rlsys.algo.objective import policy_objective
+from rlsys.batch.tensors import Microbatch, RankBatch, RankPart
+from rlsys.config.schema import TrainSection
+from rlsys.errors import Diverged
+from rlsys.records import Version
+from rlsys.train import parallel
+from rlsys.train.deepspeed_config import deepspeed_config
+from rlsys.train.export import full_weights
+from rlsys.train.logprobs import TokenLogprobs, token_logprobs
+from rlsys.train.model import load_model, save_model
+
+BoundRow = tuple[Callable[..., Any], Mapping[str, Any]]  # a row of a table, and its parameters
+
+
+class LearnerRank:
+    """Trains batches. ``start``, ``step``, ``export``, ``probe_logprobs``, ``save_hf`` and ``stop`` are collectives:
+    every rank calls them in the same order.
+
+    Construction imports everything slow and meets nobody, so ranks are constructed first and then started together.
+
+    Args:
+        model_path: Hugging Face folder.
+        train: its section of the configuration.
+        temperature: what the engines sample with; logits are divided by it.
+        loss: row of POLICY_LOSSES and its parameters.
+        correction: row of CORRECTIONS and its parameters.
+        seed: of torch's generator.
+        threads: CPU threads of this rank; None means OMP_NUM_THREADS, or torch's default without it.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_path: str,
+        train: TrainSection,
+        temperature: float,
+        loss: BoundRow,
+        correction: BoundRow,
+        seed: int,
+        threads: int | None = None,
+    ) -> None:
+        threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
+        if threads:
+            torch.set_num_threads(threads)
+        torch.manual_seed(seed)
+        self._model_path = model_path
+        self._train = train
+        self._temperature = temperature
+        self._loss = functools.partial(loss[0], **loss[1])
+        self._correction = functools.partial(correction[0], **correction[1])
+        self._device = "cuda" if train.gpus_per_rank > 0 else "cpu"
+        self._deepspeed = parallel.load_deepspeed(self._device)
+        self._engine: Any = None
+        self._rank = 0
+        self._world_size = 1
+        self._num_batches = 0
+
+    @property
+    def step_number(self) -> int:
+        """Number of batches trained so far."""
+        return self._num_batches
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids of the model; known once started."""
+        return int(self._engine.module.config.get_text_config().vocab_size)
+
+    def start(self, rank: int, world_size: int, master_addr: str, master_port: int) -> None:
+        """Meet the other ranks and bring DeepSpeed up. Raises ConfigError where ``train.deepspeed`` contradicts us."""
+        config = deepspeed_config(self._train, device=self._device)
+        self._rank, self._world_size = rank, world_size
+        parallel.join(
+            self._deepspeed,
+            device=self._device,
+            rank=rank,
+            world_size=world_size,
+            master_addr=master_addr,
+            master_port=master_port,
+            timeout_s=self._train.timeout_s,
+        )
+        warm_up = functools.partial(_learning_rate_factor, warmup_steps=self._train.warmup_steps)
+        schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=warm_up)
+        self._engine, *_ = self._deepspeed.initialize(
+            model=load_model(self._model_path),
+            config=config,
+            lr_scheduler=None if "scheduler" in config else schedule,
+        )
+
+    def stop(self) -> None:
+        """Let go of the model and of the other ranks; ``start`` may follow, with a new port."""
+        if self._engine is not None:
+            self._engine.destroy()
+        self._engine = None
+        gc.collect()  # the engine's hooks hold it in cycles
+        parallel.leave(self._deepspeed)
+
+    def step(self, batch: RankBatch) -> dict[str, float]:
+        """Train one batch, one optimizer step per part. Returns the metrics, equal on every rank (times excepted).
+
+        With one part the proximal policy is the detached training forward: exact, and free. With more it is one
+        forward over the whole batch before the first step, then frozen.
+
+        Raises:
+            Diverged: on every rank alike, before the weights take up a loss or gradient that is not finite.
+        """
+        began = time.perf_counter()
+        frozen = None
+        if len(batch.parts) > 1:
+            frozen = [[self._no_grad_logprobs(mb) for mb in part.microbatches] for part in batch.parts]
+        measures: dict[str, Measure] = {}
+        grad_norms = []
+        learning_rate = 0.0
+        for index, part in enumerate(batch.parts):
+            learning_rate = self._engine.get_lr()[0]
+            own, grad_norm = self._train_part(part, frozen[index] if frozen else None, batch.version)
+            measures = merge(measures, own)
+            grad_norms.append(grad_norm)
+        self._num_batches += 1
+        return {
+            **parallel.reduce(measures, self._device),
+            "actor/grad_norm": sum(grad_norms) / len(grad_norms),
+            "actor/lr": float(learning_rate),
+            "perf/train_tokens": float(batch.num_tokens),
+            "timing_s/update_actor": time.perf_counter() - began,
+        }
+
+    def export(self, write: Callable[[str, Tensor], None]) -> None:
+        """Hand every full weight to ``write(name, tensor)``, on rank 0 only. A tensor is valid during the call."""
+        stage = self._train.zero_stage
+        for name, tensor in full_weights(self._engine.module, deepspeed=self._deepspeed, zero_stage=stage):
+            if self._rank == 0:
+                write(name, tensor)
+
+    def save_hf(self, folder: str) -> None:
+        """Write the model as a plain Hugging Face folder (rank 0 writes, every rank takes part)."""
+        weights: dict[str, Tensor] = {}
+        self.export(lambda name, tensor: weights.update({name: tensor.detach().to("cpu", copy=True)}))
+        if self._rank == 0:
+            save_model(self._engine.module, weights, self._model_path, folder)
+
+    def probe_logprobs(self, token_ids: Sequence[Sequence[int] | NDArray[np.int32]]) -> list[NDArray[np.float32]]:
+        """Log-probabilities of given sequences at temperature 1: for each float32 [T], 0 at its first token."""
+        lengths = [len(ids) for ids in token_ids]
+        tokens = torch.zeros((len(lengths), max(lengths)), dtype=torch.int64)
+        for row, ids in enumerate(token_ids):
+            tokens[row, : lengths[row]] = torch.as_tensor(np.asarray(ids, dtype=np.int64))
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        with torch.no_grad():
+            rows = self._forward(tokens, positions, temperature=1.0).logprobs.cpu().numpy()
+        return [rows[row, :length].copy() for row, length in enumerate(lengths)]
+
+    def _train_part(
+        self, part: RankPart, proximal: Sequence[Tensor] | None, version: Version
+    ) -> tuple[dict[str, Measure], float]:
+        """One optimizer step. Returns its measures and its gradient norm (before clipping)."""
+        scale = self._world_size / part.num_weighted_tokens  # DeepSpeed averages gradients over the ranks
+        measures: dict[str, Measure] = {}
+        is_finite = True
+        last = len(part.microbatches) - 1
+        for index, microbatch in enumerate(part.microbatches):
+            self._engine.set_gradient_accumulation_boundary(index == last)
+            loss_sum, own = self._objective(microbatch, None if proximal is None else proximal[index])
+            is_finite = is_finite and bool(torch.isfinite(loss_sum))
+            self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            measures = merge(measures, own)
+        if parallel.on_any_rank(not is_finite, self._device):
+            raise self._diverged("the loss", version)
+        return measures, self._optimizer_step(version)
+
+    def _optimizer_step(self, version: Version) -> float:
+        """Let DeepSpeed take the step. ZeRO leaves it out where the norm is not finite; stage 0 has to be stopped."""
+        if self._train.zero_stage == 0:
+            gradients = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if parallel.on_any_rank(not math.isfinite(norm), self._device):
+                raise self._diverged("the gradient norm", version)
+            self._engine.step()
+            return norm
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        is_left_out = bool(self._engine.optimizer.overflow)
+        if parallel.on_any_rank(is_left_out or not math.isfinite(norm), self._device):
+            raise self._diverged("the gradient norm", version)
+        return norm
+
+    def _objective(self, microbatch: Microbatch, proximal: Tensor | None) -> tuple[Tensor, dict[str, Measure]]:
+        mask_T = microbatch.weight_mask.to(self._device).reshape(-1)
+        current = self._forward(microbatch.token_ids, microbatch.position_ids, self._temperature)
+        policy_T = current.logprobs.reshape(-1)
+        objective = policy_objective(
+            policy_logprobs_T=policy_T,
+            proximal_logprobs_T=policy_T.detach() if proximal is None else proximal.reshape(-1),
+            behaviour_logprobs_T=microbatch.behaviour_logprobs.to(self._device).reshape(-1),
+            advantages_T=microbatch.advantages.to(self._device).reshape(-1),
+            mask_T=mask_T,
+            on_policy_mask_T=microbatch.on_policy_mask.to(self._device).reshape(-1),
+            loss=self._loss,
+            correction=self._correction,
+        )
+        entropy = Mean.of(current.entropy.reshape(-1), mask_T)
+        return objective.loss_sum, {**objective.measures, "actor/entropy": entropy}
+
+    def _no_grad_logprobs(self, microbatch: Microbatch) -> Tensor:
+        with torch.no_grad():
+            return self._forward(microbatch.token_ids, microbatch.position_ids, self._temperature).logprobs
+
+    def _forward(self, token_ids: Tensor, position_ids: Tensor, temperature: float) -> TokenLogprobs:
+        """No attention mask is given: transformers then derives it from the restarting positions (a mask of ones
+        would let packed samples see one another)."""
+        token_ids, position_ids = token_ids.to(self._device), position_ids.to(self._device)
+        logits = self._engine(input_ids=token_ids, position_ids=position_ids, use_cache=False).logits
+        return token_logprobs(logits, token_ids, position_ids, temperature=temperature)
+
+    def _diverged(self, quantity: str, version: Version) -> Diverged:
+        return Diverged(quantity, version.step + 1, str(version))
+
+
+def _learning_rate_factor(step: int, *, warmup_steps: int) -> float:
+    """Linear warm-up from 1 / warmup_steps to 1, then constant."""
+    return min(1.0, (step + 1) / max(1, warmup_steps))

@@ -1,0 +1,91 @@
+"""Everything in which learner ranks talk to one another. DeepSpeed's own collectives aside, the only ones are here.
+
+Every function is a collective: all ranks call it in the same order, or all of them wait until the deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+
+from rlsys.algo.measures import Measure
+
+
+def load_deepspeed(device: str) -> ModuleType:
+    """DeepSpeed, imported for ``device`` (``cpu`` or ``cuda``). No collective.
+
+    Its accelerator is chosen once per process, from the environment, when it is imported. Its shared-memory op serves
+    inference only, but building it holds up the first start for minutes, and a build that was killed leaves a lock
+    that holds up every later one for ever: it is switched off.
+    """
+    os.environ["DS_ACCELERATOR"] = device
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed calls torch by names that torch has renamed: a line of warning at every collective.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    return deepspeed
+
+
+def join(
+    deepspeed: ModuleType,
+    *,
+    device: str,
+    rank: int,
+    world_size: int,
+    master_addr: str,
+    master_port: int,
+    timeout_s: float,
+) -> None:
+    """Meet the other ranks at ``master_addr:master_port``. Raises torch's DistStoreError where they do not come."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK="0",  # each rank is shown its own device only
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR=master_addr,
+        MASTER_PORT=str(master_port),
+    )
+    if master_addr in ("127.0.0.1", "localhost"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    deepspeed.init_distributed(
+        "nccl" if device == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def leave(deepspeed: ModuleType) -> None:
+    """Part from the other ranks; ``join`` may follow, with a new port."""
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+
+
+def on_any_rank(flag: bool, device: str) -> bool:
+    """Whether ``flag`` is set on at least one rank."""
+    flags = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def reduce(measures: Mapping[str, Measure], device: str) -> dict[str, float]:
+    """The metrics over all ranks; one that nothing was measured for is left out. Every rank has the same names."""
+    result: dict[str, float] = {}
+    for combine, operation in (("sum", dist.ReduceOp.SUM), ("max", dist.ReduceOp.MAX)):
+        chosen = {name: measure for name, measure in sorted(measures.items()) if measure.combine == combine}
+        if not chosen:
+            continue
+        numbers = torch.cat([measure.numbers for measure in chosen.values()]).to(device)
+        dist.all_reduce(numbers, op=operation)
+        sizes = [measure.numbers.numel() for measure in chosen.values()]
+        for (name, measure), own in zip(chosen.items(), numbers.split(sizes), strict=True):
+            value = type(measure)(own).value()
+            if value is not None:
+                result[name] = value
+    return result

@@ -1,0 +1,169 @@
+"""A weight version in shared memory: a file on a memory file system that writer and readers map.
+
+The file is recycled: it grows when a version needs more room and never shrinks, so its pages stay allocated and a
+reader of an older manifest never loses the ground it stands on.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+import xxhash
+
+from rlsys.errors import WeightsRefused
+from rlsys.records import TensorEntry
+from rlsys.weights.owner import is_process_alive
+
+SHM_FOLDER = Path("/dev/shm")
+ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register
+GROWTH_BYTES = 4 << 20  # a file grows by whole multiples of this
+_PREFIX = "rlsys"
+_SEPARATOR = "@"  # occurs in no run name
+
+
+def segment_path(run: str, name: str, *, folder: Path = SHM_FOLDER, pid: int | None = None) -> Path:
+    """Path of a segment. It carries the process id of its owner (this process, unless given), so that what a killed
+    run left behind can be found."""
+    parts = (_PREFIX, run, str(os.getpid() if pid is None else pid), name)
+    return folder / _SEPARATOR.join(parts)
+
+
+def remove_stale_segments(folder: Path = SHM_FOLDER) -> tuple[Path, ...]:
+    """Delete the segments whose owners are dead; returns what was deleted."""
+    stale = [path for path, _, pid in _segments(folder) if not is_process_alive(pid)]
+    return _delete(stale)
+
+
+def remove_segments(run: str, folder: Path = SHM_FOLDER) -> tuple[Path, ...]:
+    """Delete the segments of a run, whoever owns them; returns what was deleted."""
+    return _delete([path for path, owner_run, _ in _segments(folder) if owner_run == run])
+
+
+class SegmentWriter:
+    """Writes one version into a segment: cast and copied in one pass, straight into the mapped bytes.
+
+    Args:
+        path: the segment; made if missing, recycled otherwise.
+        dtype: the engine's precision, into which floating-point tensors are cast.
+    """
+
+    def __init__(self, path: Path | str, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        self._size_bytes = os.fstat(self._fd).st_size
+        self._map: mmap.mmap | None = mmap.mmap(self._fd, self._size_bytes) if self._size_bytes else None
+        self._end = 0
+        self._entries: list[TensorEntry] = []
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append one tensor (any device, any strides). Raises OSError where the memory file system is full."""
+        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+        num_bytes = tensor.numel() * dtype.itemsize
+        offset = -(-self._end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        mapped = self._map_up_to(offset + num_bytes)
+        target = torch.frombuffer(mapped, dtype=dtype, count=tensor.numel(), offset=offset)
+        target.view(tensor.shape).copy_(tensor.detach())
+        self._entries.append(
+            TensorEntry(
+                name=name,
+                shape=tuple(tensor.shape),
+                dtype=str(dtype).removeprefix("torch."),
+                offset=offset,
+                num_bytes=num_bytes,
+                checksum=_checksum(mapped, offset, num_bytes),
+            )
+        )
+        self._end = offset + num_bytes
+
+    def finish(self) -> tuple[TensorEntry, ...]:
+        """Close the segment; returns the manifest, in the order of writing."""
+        self._map = None  # unmapped as soon as no tensor view is left
+        os.close(self._fd)
+        return tuple(self._entries)
+
+    def _map_up_to(self, end: int) -> mmap.mmap:
+        if end > self._size_bytes or self._map is None:
+            size_bytes = max(-(-end // GROWTH_BYTES) * GROWTH_BYTES, self._size_bytes)
+            # allocates the pages: a full file system is an OSError here instead of a SIGBUS in the middle of the copy
+            os.posix_fallocate(self._fd, 0, size_bytes)
+            self._size_bytes = size_bytes
+            self._map = mmap.mmap(self._fd, size_bytes)
+        return self._map
+
+
+class SegmentReader:
+    """Reads a version from a segment, without copying it.
+
+    Args:
+        segment: path of the segment.
+        tensors: the manifest.
+
+    Raises:
+        WeightsRefused: the segment is gone, or the manifest does not fit into it.
+    """
+
+    def __init__(self, segment: str, tensors: Sequence[TensorEntry]) -> None:
+        self._segment, self._tensors = segment, tuple(tensors)
+        try:
+            with open(segment, "rb") as file:
+                size_bytes = os.fstat(file.fileno()).st_size
+                # a private mapping: torch gets the writable buffer it asks for, the segment itself cannot be changed
+                self._map = mmap.mmap(file.fileno(), size_bytes, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise WeightsRefused(f"segment {segment} cannot be mapped: {error}") from error
+        for entry in self._tensors:
+            self._check_bounds(entry, size_bytes)
+
+    def verify(self) -> None:
+        """Compare every tensor's bytes with its checksum. Raises WeightsRefused naming the first that differs."""
+        for entry in self._tensors:
+            got = _checksum(self._map, entry.offset, entry.num_bytes)
+            if got != entry.checksum:
+                raise WeightsRefused(
+                    f"tensor {entry.name} in {self._segment}: checksum of its {entry.num_bytes} bytes\n"
+                    f"  got:    {got:#018x}\n  wanted: {entry.checksum:#018x}"
+                )
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, view into the segment). A view keeps the mapping alive, but not the bytes in it: they change
+        when the segment is recycled."""
+        for entry in self._tensors:
+            dtype = getattr(torch, entry.dtype)
+            flat = torch.frombuffer(self._map, dtype=dtype, count=prod(entry.shape), offset=entry.offset)
+            yield entry.name, flat.view(entry.shape)
+
+    def _check_bounds(self, entry: TensorEntry, size_bytes: int) -> None:
+        dtype = getattr(torch, entry.dtype, None)
+        if not isinstance(dtype, torch.dtype) or prod(entry.shape) * dtype.itemsize != entry.num_bytes:
+            raise WeightsRefused(
+                f"tensor {entry.name} in {self._segment}: got {entry.num_bytes} bytes, "
+                f"wanted those of shape {entry.shape} in {entry.dtype}"
+            )
+        if entry.offset < 0 or entry.offset + entry.num_bytes > size_bytes:
+            raise WeightsRefused(
+                f"tensor {entry.name} in {self._segment}: got bytes {entry.offset} to "
+                f"{entry.offset + entry.num_bytes}, wanted them within the segment's {size_bytes}"
+            )
+
+
+def _checksum(mapped: mmap.mmap, offset: int, num_bytes: int) -> int:
+    with memoryview(mapped) as whole, whole[offset : offset + num_bytes] as part:
+        return xxhash.xxh3_64_intdigest(part)
+
+
+def _segments(folder: Path) -> Iterator[tuple[Path, str, int]]:
+    for path in folder.glob(f"{_PREFIX}{_SEPARATOR}*"):
+        parts = path.name.split(_SEPARATOR)
+        if len(parts) == 4 and parts[2].isdigit():
+            yield path, parts[1], int(parts[2])
+
+
+def _delete(paths: Sequence[Path]) -> tuple[Path, ...]:
+    for path in paths:
+        path.unlink(missing_ok=True)
+    return tuple(paths)

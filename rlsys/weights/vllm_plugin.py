@@ -1,0 +1,138 @@
+"""How a vLLM worker takes over a weight version from a shared-memory segment.
+
+vLLM's worker process imports this module because ``worker_extension_cls`` names a class in it; the import registers the
+transfer engine with vLLM's factory, whose registry is one per process.
+
+The bytes were verified by the process that drives the engine, before the pause; here they are only loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rlsys.records import TensorEntry
+from rlsys.weights.owner import end_with_owner
+from rlsys.weights.segment import SegmentReader
+
+BACKEND = "rlsys_shm"
+
+
+class WorkerExtension:
+    """Names this module to vLLM; adds nothing to the worker."""
+
+
+@dataclass
+class ShmInitInfo(WeightTransferInitInfo):
+    """Who drives the engine. Without it a killed driver would leave the engine's processes behind, at work for nobody.
+
+    Attributes:
+        owner_pid, owner_host: process and machine of the driver.
+    """
+
+    owner_pid: int
+    owner_host: str
+
+
+@dataclass
+class ShmUpdateInfo(WeightTransferUpdateInfo):
+    """Where a version lies. Plain values only: vLLM sends them to its workers as message packs.
+
+    Attributes:
+        segment: path of the segment.
+        names, shapes, dtypes, offsets, num_bytes: one entry per tensor.
+    """
+
+    segment: str
+    names: list[str]
+    shapes: list[list[int]]
+    dtypes: list[str]
+    offsets: list[int]
+    num_bytes: list[int]
+
+
+def init_info() -> dict[str, Any]:
+    """``ShmInitInfo`` keywords: this process is the driver."""
+    return {"owner_pid": os.getpid(), "owner_host": socket.gethostname()}
+
+
+def update_info(segment: str, tensors: Sequence[TensorEntry]) -> dict[str, Any]:
+    """The manifest as ``ShmUpdateInfo`` keywords."""
+    return {
+        "segment": segment,
+        "names": [entry.name for entry in tensors],
+        "shapes": [list(entry.shape) for entry in tensors],
+        "dtypes": [entry.dtype for entry in tensors],
+        "offsets": [entry.offset for entry in tensors],
+        "num_bytes": [entry.num_bytes for entry in tensors],
+    }
+
+
+class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
+    """Loads views into the segment through the model's own weight loaders, inside vLLM's layerwise reload."""
+
+    init_info_cls = ShmInitInfo
+    update_info_cls = ShmUpdateInfo
+
+    def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
+        if init_info.owner_host == socket.gethostname():  # workers elsewhere end with vLLM's own processes
+            end_with_owner(init_info.owner_pid)
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: ShmUpdateInfo) -> None:
+        entries = [
+            TensorEntry(name=name, shape=tuple(shape), dtype=dtype, offset=offset, num_bytes=num_bytes, checksum=0)
+            for name, shape, dtype, offset, num_bytes in zip(
+                update_info.names,
+                update_info.shapes,
+                update_info.dtypes,
+                update_info.offsets,
+                update_info.num_bytes,
+                strict=True,
+            )
+        ]
+        self.model.load_weights(SegmentReader(update_info.segment, entries).tensors())  # type: ignore[operator]
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        repack_tied_embeddings(self.model)
+
+    def shutdown(self) -> None:
+        """Nothing is held between updates."""
+
+
+def repack_tied_embeddings(model: torch.nn.Module) -> int:
+    """Pack again every embedding that shares its weight with another module; returns how many were packed.
+
+    On CPU vLLM multiplies by a packed copy of the matrix (``cpu_linear``), made once per module. A tied head receives
+    no weights of its own in a reload, so without this it would silently keep the packed copy of the old weights.
+    """
+    sharing: dict[int, list[torch.nn.Module]] = defaultdict(list)
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+            sharing[module.weight.data_ptr()].append(module)
+    tied = [module for modules in sharing.values() if len(modules) > 1 for module in modules]
+    for module in tied:
+        # some quantisation methods pack only once unless this mark is taken away
+        module.__dict__.pop("_already_called_process_weights_after_loading", None)
+        module.quant_method.process_weights_after_loading(module)  # type: ignore[union-attr, operator]
+    return len(tied)
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, ShmWeightTransferEngine)

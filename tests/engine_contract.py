@@ -1,0 +1,52 @@
+"""What every engine must do, simulated or real: the one test that both pass."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+import pytest
+
+from rlsys.errors import RequestRefused, WeightsRefused
+from rlsys.records import Turn, WeightVersion
+from rlsys.rollout.engine import Engine, GenerateRequest
+
+
+async def check_engine_contract(
+    engine: Engine,
+    *,
+    first: WeightVersion,
+    second: WeightVersion,
+    refused: WeightVersion,
+    request: GenerateRequest,
+    until_halfway: Callable[[], Awaitable[None]],
+) -> Turn:
+    """Drive a started engine through two versions. ``request`` must run to its token limit under both, and
+    ``until_halfway`` return while it is in flight. Returns the turn that lived through the swap."""
+    with pytest.raises(RequestRefused):
+        await engine.generate(request)  # nothing is proven yet
+    assert engine.version is None
+
+    report = await engine.load_weights(first)
+    assert report.version == first.version == engine.version
+    before = await engine.generate(request)
+    assert set(before.versions_T) == {first.version.code}
+    again = await engine.generate(request)
+    assert again.token_ids_T.tolist() == before.token_ids_T.tolist()
+
+    in_flight = asyncio.create_task(engine.generate(request))
+    await until_halfway()
+    await engine.load_weights(second)
+    turn = await in_flight
+    num_before = int(np.count_nonzero(turn.versions_T == first.version.code))
+    assert 0 < num_before < request.max_tokens == len(turn.token_ids_T)
+    assert set(turn.versions_T[num_before:]) == {second.version.code}
+    assert turn.token_ids_T[:num_before].tolist() == before.token_ids_T[:num_before].tolist()
+
+    with pytest.raises(WeightsRefused):
+        await engine.load_weights(refused)
+    assert engine.version == second.version
+    after = await engine.generate(request)
+    assert set(after.versions_T) == {second.version.code}
+    return turn

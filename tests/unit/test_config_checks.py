@@ -1,0 +1,334 @@
+"""What is refused across sections, and what a config may point at."""
+
+import json
+from functools import partial
+
+import pytest
+
+from rlsys.config import checks, facts, references
+from rlsys.config.load import apply_overrides, dump_config
+from rlsys.config.presets import resolve
+from rlsys.config.schema import Config
+from rlsys.errors import ConfigError
+
+
+def config_of(*overrides: str) -> Config:
+    return resolve(apply_overrides(Config(), ["data.task={name: reversed_sum}", *overrides]))
+
+
+def refused(check, config: Config) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    error = caught.value
+    assert all((error.what, error.got, error.wanted, error.remedy)), str(error)
+    return error
+
+
+# --- across sections
+
+
+def test_staleness_without_a_correction_is_refused():
+    check = checks.check_staleness_is_corrected
+    error = refused(check, config_of("rollout.max_staleness=2", "algo.correction={name: none}"))
+    assert error.what == "algo.correction" and "rollout.max_staleness=2" in error.got
+
+
+@pytest.mark.parametrize(
+    "escape", ["rollout.max_staleness=0", "algo.allow_uncorrected=true", "algo.correction.name=tis"]
+)
+def test_each_remedy_for_uncorrected_staleness_is_one(escape):
+    checks.check_staleness_is_corrected(config_of("rollout.max_staleness=2", "algo.correction={name: none}", escape))
+
+
+def test_a_batch_holds_a_rollout_for_every_step_and_rank():
+    sizes = ("train.prompts_per_batch=2", "rollout.group_size=2", "train.ranks=2")
+    checks.check_batch_can_be_divided(config_of(*sizes, "train.steps_per_batch=2"))
+    error = refused(checks.check_batch_can_be_divided, config_of(*sizes, "train.steps_per_batch=3"))
+    assert error.what == "train.steps_per_batch=3" and "4 rollouts" in error.got and "6" in error.wanted
+
+
+def test_a_group_fits_on_one_engine():
+    checks.check_group_fits_an_engine(config_of("rollout.group_size=4", "rollout.slots=4"))
+    error = refused(checks.check_group_fits_an_engine, config_of("rollout.group_size=5", "rollout.slots=4"))
+    assert error.what == "rollout.group_size=5"
+
+
+@pytest.mark.parametrize("pass_at", ["[1, 5]", "[0]"])
+def test_pass_at_k_needs_k_samples(pass_at):
+    checks.check_pass_at(config_of("eval.samples=0", f"eval.pass_at={pass_at}"))
+    assert refused(checks.check_pass_at, config_of("eval.samples=4", f"eval.pass_at={pass_at}")).what == "eval.pass_at"
+
+
+def test_data_is_named_exactly_once():
+    neither = resolve(Config())
+    assert refused(checks.check_data_is_named_once, neither).got == "neither"
+    assert refused(checks.check_data_is_named_once, config_of("data.train_path=a.jsonl")).got == "both"
+    assert refused(checks.check_data_is_named_once, config_of("data.eval_path=b.jsonl")).what == "data.eval_path"
+
+
+# --- the run folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A config and its run folder, with the config's dump in it."""
+    config = config_of(f"run.root={tmp_path}", "run.name=a")
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_config(config))
+    return config, folder
+
+
+def test_a_run_that_trained_nothing_may_be_started_again(run):
+    config, folder = run
+    (folder / "metrics.jsonl").touch()
+    checks.check_run_folder(config)
+
+
+def test_a_finished_or_started_run_is_not_overwritten(run):
+    config, folder = run
+    (folder / "metrics.jsonl").write_text("{}\n")
+    assert "a started run" in refused(checks.check_run_folder, config).got
+    (folder / "result.json").write_text("{}")
+    error = refused(checks.check_run_folder, config)
+    assert "a finished run" in error.got and f"rm -r {folder}" in error.remedy
+
+
+def test_a_run_with_another_config_is_not_overwritten_and_the_difference_is_named(run):
+    config, _ = run
+    other = apply_overrides(config, ["rollout.max_staleness=3"])
+    assert "rollout.max_staleness: 1 there, 3 here" in refused(checks.check_run_folder, other).got
+
+
+def test_a_folder_of_other_things_is_left_alone(run):
+    config, folder = run
+    (folder / "config.yaml").rename(folder / "letter.txt")
+    assert "other things" in refused(checks.check_run_folder, config).got
+
+
+def test_a_config_that_cannot_be_read_counts_as_another_one(run):
+    config, folder = run
+    (folder / "config.yaml").write_text("run: [")
+    assert "cannot be read" in refused(checks.check_run_folder, config).got
+
+
+# --- the algorithm's tables
+
+
+def test_rows_are_written_out_with_their_defaults():
+    assert references.check_rows(config_of("algo.correction={name: tis, cap: 3}")) == {
+        "advantage": "grpo(scale_by_std=True, eps=1e-06)",
+        "loss": "ppo_clip(eps_low=0.2, eps_high=0.2)",
+        "correction": "tis(cap=3)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "what", "remedy"),
+    [
+        ("algo.loss={name: ppo_clop}", "algo.loss.name", "did you mean ppo_clip?"),
+        ("algo.loss={name: ppo_clip, eps_hihg: 0.3}", "algo.loss.eps_hihg", "did you mean eps_high?"),
+        ("algo.correction={name: none, cap: 2}", "algo.correction.cap", "remove it"),
+        ("algo.correction={name: tis, cap: two}", "algo.correction.cap", "default is 2.0"),
+        ("algo.correction={name: tis, cap: true}", "algo.correction.cap", "default is 2.0"),
+        ("algo.advantage={name: grpo, scale_by_std: 1}", "algo.advantage.scale_by_std", "default is True"),
+        ("algo.correction={name: tis, cap: -1}", "algo.correction", "docstring of tis"),
+    ],
+)
+def test_a_row_that_is_no_call_of_its_function_is_refused(override, what, remedy):
+    error = refused(references.check_rows, config_of(override))
+    assert error.what == what and remedy in error.remedy
+
+
+def test_a_parameter_without_default_has_to_be_given():
+    def row(rewards_S, *, power: float):
+        return rewards_S
+
+    config = config_of("algo.advantage={name: mine}")
+    check = partial(references.check_row, "algo.advantage", table={"mine": row}, tried=(1.0,))
+    assert refused(check, config.algo.advantage).what == "algo.advantage.power"
+
+
+# --- options passed through
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [("model=m", "model.path"), ("logprobs_mode=raw_logprobs", "cannot be changed"), ("blok_size=16", "block_size")],
+)
+def test_vllm_options_that_rlsys_sets_or_vllm_does_not_know_are_refused(option, remedy):
+    references.check_vllm_options(config_of("rollout.vllm.block_size=16"))
+    error = refused(references.check_vllm_options, config_of(f"rollout.vllm.{option}"))
+    assert error.what == f"rollout.vllm.{option.partition('=')[0]}" and remedy in error.remedy
+
+
+def test_deepspeed_options_that_contradict_a_key_are_refused():
+    references.check_deepspeed_options(config_of("train.deepspeed.zero_optimization.overlap_comm=true"))
+    error = refused(references.check_deepspeed_options, config_of("train.deepspeed.gradient_clipping=3"))
+    assert error.what == "train.deepspeed.gradient_clipping" and "train.max_grad_norm" in error.remedy
+
+
+def test_gpus_are_refused_on_a_machine_without_them_unless_a_cluster_is_named(monkeypatch):
+    import torch
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    error = refused(references.check_gpus, config_of("train.gpus_per_rank=1", "rollout.gpus_per_replica=1"))
+    assert error.what == "rollout.gpus_per_replica" and "train.gpus_per_rank" in error.remedy
+    references.check_gpus(config_of("train.gpus_per_rank=1", "ray.address=10.0.0.1:6379"))
+
+
+# --- the model's folder
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder that looks like a model's, and the config that names it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "max_position_embeddings": 128}))
+    (folder / "model.safetensors").touch()
+    (folder / "tokenizer.json").touch()
+    return config_of(f"model.path={folder}"), folder
+
+
+def test_a_model_folder_gives_its_config(model):
+    config, _ = model
+    assert references.check_model_folder(config)["max_position_embeddings"] == 128
+    assert references.check_model_folder(config_of()) == {}  # the embedded model
+
+
+@pytest.mark.parametrize(
+    ("missing", "got"),
+    [("config.json", "config.json"), ("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")],
+)
+def test_a_model_folder_without_a_part_is_refused(model, missing, got):
+    config, folder = model
+    (folder / missing).unlink()
+    error = refused(references.check_model_folder, config)
+    assert error.what == "model.path" and got in error.got
+
+
+def test_a_missing_model_folder_is_refused(tmp_path):
+    error = refused(references.check_model_folder, config_of(f"model.path={tmp_path}/none"))
+    assert error.what == "model.path" and "is no folder" in error.got
+
+
+@pytest.mark.parametrize(
+    ("text", "got"), [("{", "JSONDecodeError"), ('{"model_type": "qwem2"}', "'qwem2'"), ("[]", "None")]
+)
+def test_a_model_of_no_known_kind_is_refused(model, text, got):
+    config, folder = model
+    (folder / "config.json").write_text(text)
+    assert got in refused(references.check_model_folder, config).got
+
+
+def test_a_tokenizer_that_does_not_load_is_refused(model):
+    config, folder = model
+    (folder / "tokenizer.json").write_text("{}")
+    assert refused(references.load_tokenizer, config).what == "model.path"
+
+
+# --- the token budget
+
+
+class ByteTokenizer:
+    """One token a byte, two around every text."""
+
+    chat_template = None
+
+    def __call__(self, text):
+        return {"input_ids": [0, *text.encode(), 1]}
+
+
+def test_the_longest_prompt_is_found_among_texts_and_messages():
+    messages = ({"role": "system", "content": "abc"}, {"role": "user", "content": "defg"})
+    contents = ["a" * 5, "b" * 7, messages, "a"]
+    assert references.longest_prompt_tokens(ByteTokenizer(), contents) == len("abc\ndefg") + 2
+    assert references.longest_prompt_tokens(ByteTokenizer(), contents[:2]) == 9
+
+
+def test_every_sequence_fits_a_microbatch_and_the_models_context():
+    config = config_of("rollout.max_tokens=10", "train.tokens_per_microbatch=30")
+    references.check_token_budget(config, 20, 30)
+    error = refused(lambda c: references.check_token_budget(c, 21, 64), config)
+    assert error.what == "train.tokens_per_microbatch=30" and "at least 31" in error.wanted
+    error = refused(lambda c: references.check_token_budget(c, 20, 29), config)
+    assert error.what == "rollout.max_tokens=10" and "rollout.max_tokens=9" in error.remedy
+
+
+# --- derived facts
+
+
+def test_the_lead_bound_is_eta_plus_one_batches():
+    config = config_of("rollout.max_staleness=2", "train.prompts_per_batch=4", "rollout.group_size=8")
+    assert facts.lead_bound(config) == 96
+    text = "\n".join(facts.of_run(config))
+    assert "4 questions x 8 rollouts = 32 rollouts" in text and "(2 + 1) x 32 = 96 rollouts" in text
+
+
+def found_of(config: Config) -> facts.Found:
+    rows = references.check_rows(config)
+    return facts.Found(rows=rows, num_train=160, num_eval=10, longest_prompt_tokens=6, reward="exact match")
+
+
+def test_the_objective_is_told_in_words():
+    config = config_of("rollout.max_tokens=4", "train.tokens_per_microbatch=25", "run.steps=5")
+    text = "\n".join(facts.of_references(config, found_of(config)))
+    assert "tis(cap=2.0) x ppo_clip(eps_low=0.2, eps_high=0.2) at the proximal anchor" in text
+    assert "the clip never acts" in text and "REINFORCE x the correction" in text
+    assert "6 prompt + 4 sampled = 10 tokens" in text and "holds 2 of that length" in text
+    assert "one epoch is 10.0 batches, the run draws 0.50 epochs" in text
+
+
+def test_with_several_optimizer_steps_a_batch_the_clip_is_not_said_to_be_idle():
+    config = config_of("train.steps_per_batch=2", "algo.correction={name: none}", "algo.allow_uncorrected=true")
+    text = "\n".join(facts.of_references(config, found_of(config)))
+    assert "never acts" not in text and "without a correction" in text
+
+
+# --- everything together
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A working folder with questions and a reward function, and the overrides that name them."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{n}+1=", "answer": str(n + 1), "level": n % 3} for n in range(100, 130)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text("def reward(prompt, completion, answer, level):\n    return 1.0\n")
+    return ["data.task=null", "data.train_path=questions.jsonl", "data.eval_questions=10", "reward.path=mine.py:reward"]
+
+
+def test_check_reads_questions_and_reward_and_tells_what_it_found(files, tmp_path):
+    lines = checks.check_config(config_of(*files, "rollout.max_tokens=8"))
+    text = "\n".join(lines)
+    assert "20 questions to train on, 10 held out" in text
+    assert f"{tmp_path}/mine.py:reward" in text
+    # six characters of text, one token each, between the user's and the assistant's mark
+    assert "at most 8 prompt + 8 sampled = 16 tokens" in text
+    assert list(tmp_path.iterdir()) and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("data.train_path=none.jsonl", "none.jsonl"),
+        ("data.prompt_key=question", "question"),
+        ("data.eval_questions=30", "data.eval_questions"),
+        ("reward.path=none.py:reward", "none.py"),
+        ("reward.path=mine.py:rewrad", "mine.py"),
+        ("reward.path=no_such_package:reward", "no_such_package"),
+        ("reward.path=json:dumps", "reward.path"),
+        ("train.tokens_per_microbatch=15", "train.tokens_per_microbatch"),
+    ],
+)
+def test_what_a_config_points_at_wrongly_is_refused(files, override, what):
+    error = refused(checks.check_config, config_of(*files, "rollout.max_tokens=8", override))
+    assert what in str(error)
+
+
+def test_a_reward_that_wants_a_column_the_data_has_not_is_refused(files, tmp_path):
+    (tmp_path / "other.py").write_text("def reward(prompt, completion, answer, levle):\n    return 1.0\n")
+    error = refused(checks.check_config, config_of(*files, "reward.path=other.py:reward"))
+    assert "levle" in str(error) and "level" in error.remedy

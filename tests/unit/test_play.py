@@ -1,0 +1,165 @@
+"""Playing a group: token-aligned rows, nothing sampled is tokenised again, members fail alone, a lost engine all."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlsys.envs.single_turn import SingleTurn
+from rlsys.errors import EngineLost
+from rlsys.records import NOT_SAMPLED, Draw, DropCause, Probe, Prompt, RolloutGroup, StopReason, Version, WeightVersion
+from rlsys.rollout.play import following_tokens, opening_tokens, play_group, rollout_seed
+from rlsys.rollout.sim_engine import SimEngine
+from tests.virtual_clock import VirtualClock
+
+WORDS = ["<end>", "<user>", "<model>", "<nl>", "one", "two", "three", "more", "again", "a"]
+END, USER, MODEL, NEWLINE, ONE, TWO, THREE, MORE, AGAIN, _ = range(len(WORDS))
+TEMPLATE = (
+    "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<model> ' }}{{ m.content }}{{ ' <end> <nl> ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<model>' }}{% endif %}"
+)
+PROMPT = Prompt(draw=Draw(source="t", index=0, epoch=0), content="one two")
+
+
+def _tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    made.chat_template = chat_template
+    return made
+
+
+class AskAgain:
+    """Two turns: answers the first completion with one more message."""
+
+    def __init__(self) -> None:
+        self.completions: list[str] = []
+
+    def reset(self, prompt: Prompt):
+        return ({"role": "user", "content": prompt.content},)
+
+    async def step(self, completion: str):
+        self.completions.append(completion)
+        return ({"role": "user", "content": "again"},) if len(self.completions) == 1 else None
+
+
+def _play(answer, *, env=SingleTurn, tokenizer=None, group_size: int = 2, max_tokens: int = 8, **engine_options):
+    async def play() -> RolloutGroup:
+        probe = Probe(token_ids=(), logprobs=())
+        version = Version(incarnation=1, step=4)
+        await engine.load_weights(
+            WeightVersion(version=version, segment="s", tensors=(), probe=probe, previous_probe=None)
+        )
+        return await play_group(
+            PROMPT,
+            engine=engine,
+            engine_name="sim-0",
+            make_env=env,
+            tokenizer=tokenizer or _tokenizer(),
+            group_size=group_size,
+            temperature=1.0,
+            max_tokens=max_tokens,
+            seed=11,
+            clock=clock,
+        )
+
+    clock = VirtualClock()
+    engine = SimEngine("sim-0", clock, answer, tokens_per_s=10.0, **engine_options)
+    return clock.run(play())
+
+
+def test_a_single_turn_is_prompt_then_answer_token_for_token():
+    group = _play(lambda request, version: [THREE, MORE, END])
+    rollout = group.rollouts[0]
+    code = Version(incarnation=1, step=4).code
+    assert rollout.token_ids_T.tolist() == [USER, ONE, TWO, END, NEWLINE, MODEL, THREE, MORE, END]
+    assert rollout.loss_mask_T.tolist() == [False] * 6 + [True] * 3
+    assert rollout.versions_T.tolist() == [NOT_SAMPLED] * 6 + [code] * 3
+    assert rollout.behaviour_logprobs_T.tolist() == [0.0] * 6 + [-1.0] * 3
+    assert (rollout.num_prompt_tokens, rollout.completion) == (6, "three more")
+    assert (rollout.stop_reason, rollout.engine) == (StopReason.EOS, "sim-0")
+    assert rollout.seconds == pytest.approx(0.3)
+    assert [member.rollout_id for member in group.rollouts] == ["t:0:0#0/0", "t:0:0#0/1"]
+
+
+def test_a_second_turn_continues_the_sampled_tokens_as_the_template_would():
+    answers = {6: [THREE, END], 14: [MORE, MORE, END]}  # by length of the context
+    rollout = _play(lambda request, version: answers[len(request.token_ids)], env=AskAgain).rollouts[0]
+    whole = _tokenizer().apply_chat_template(
+        [
+            {"role": "user", "content": "one two"},
+            {"role": "assistant", "content": "three"},
+            {"role": "user", "content": "again"},
+            {"role": "assistant", "content": "more more"},
+        ],
+        return_dict=False,
+    )
+    assert rollout.token_ids_T.tolist() == whole[:-1]  # the template's newline after the last answer is not sampled
+    assert rollout.loss_mask_T.tolist() == [False] * 6 + [True] * 2 + [False] * 6 + [True] * 3
+    assert (rollout.completion, rollout.stop_reason) == ("more more", StopReason.ENV)
+    assert (rollout.versions_T == NOT_SAMPLED).tolist() == (~rollout.loss_mask_T).tolist()
+
+
+def test_an_answer_cut_at_its_limit_ends_the_conversation():
+    rollout = _play(lambda request, version: [MORE] * 9, env=AskAgain, max_tokens=4).rollouts[0]
+    assert rollout.token_ids_T[6:].tolist() == [MORE] * 4
+    assert rollout.stop_reason is StopReason.LENGTH
+
+
+def test_without_a_chat_template_text_stays_as_it_is():
+    tokenizer = _tokenizer(chat_template=None)
+    assert opening_tokens(tokenizer, "one two") == [ONE, TWO]
+    assert following_tokens(tokenizer, [{"role": "user", "content": "again"}]) == [AGAIN]
+
+
+def test_refused_and_empty_members_are_dropped_by_cause():
+    group = _play(lambda request, version: [THREE], max_model_len=6)
+    assert [member.cause for member in group.dropped] == [DropCause.ENGINE_REFUSED] * 2
+    assert "context of 6" in group.dropped[0].detail
+    right_seed = rollout_seed(11, "t:0:0#0/1")
+    group = _play(lambda request, version: [THREE, END] if request.seed == right_seed else [])
+    assert [member.rollout_id for member in group.rollouts] == ["t:0:0#0/1"]
+    assert [(member.rollout_id, member.cause) for member in group.dropped] == [("t:0:0#0/0", DropCause.EMPTY)]
+
+
+def test_a_lost_engine_loses_the_whole_group():
+    async def play() -> None:
+        await engine.load_weights(weights)
+
+        async def crash() -> None:
+            await clock.sleep(0.5)
+            engine.crash()
+
+        crashing = asyncio.create_task(crash())
+        with pytest.raises(EngineLost, match="it crashed"):
+            await play_group(
+                PROMPT,
+                engine=engine,
+                engine_name="sim-0",
+                make_env=SingleTurn,
+                tokenizer=_tokenizer(),
+                group_size=3,
+                temperature=1.0,
+                max_tokens=8,
+                seed=0,
+                clock=clock,
+            )
+        assert clock.now() == pytest.approx(0.04 + 0.5)
+        await crashing
+
+    clock = VirtualClock()
+    engine = SimEngine("sim-0", clock, lambda request, version: [THREE] * 8, tokens_per_s=10.0)
+    probe = Probe(token_ids=(), logprobs=())
+    weights = WeightVersion(
+        version=Version(incarnation=0, step=1), segment="s", tensors=(), probe=probe, previous_probe=None
+    )
+    clock.run(play())
+
+
+def test_seeds_are_the_same_in_every_process_and_differ_by_member():
+    assert rollout_seed(11, "t:0:0#0/1") == 3241438616641685366
+    assert rollout_seed(11, "t:0:0#0/2") != rollout_seed(11, "t:0:0#0/1") != rollout_seed(12, "t:0:0#0/1")
+    assert 0 <= rollout_seed(11, "t:0:0#0/1") < 1 << 63

@@ -1,0 +1,100 @@
+"""The shift by one, and the DeepSpeed configuration."""
+
+import pytest
+import torch
+
+from rlsys.config.schema import TrainSection
+from rlsys.errors import ConfigError
+from rlsys.train import logprobs
+from rlsys.train.deepspeed_config import deepspeed_config
+from rlsys.train.logprobs import token_logprobs
+
+TOKEN_IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
+POSITION_IDS = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+
+
+def reference(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Token by token: log softmax of the logits before it; 0 where a segment begins."""
+    table = torch.log_softmax(logits.double() / temperature, dim=-1)
+    rows = []
+    for row in range(2):
+        begins = [int(POSITION_IDS[row, t]) == 0 for t in range(6)]
+        rows.append(
+            torch.stack([table.new_zeros(()) if begins[t] else table[row, t - 1, TOKEN_IDS[row, t]] for t in range(6)])
+        )
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("chunk_elements", [1 << 23, 30])  # all at once, and three rows at a time
+def test_token_logprobs_and_their_gradient_equal_log_softmax_at_temperature(monkeypatch, chunk_elements):
+    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", chunk_elements)
+    torch.manual_seed(0)
+    values = 3 * torch.randn(2, 6, 10)
+    weights = torch.randn(2, 6)
+    logits, plain = values.clone().requires_grad_(), values.clone().requires_grad_()
+    result = token_logprobs(logits, TOKEN_IDS, POSITION_IDS, temperature=0.7)
+    wanted = reference(plain, 0.7)
+    torch.testing.assert_close(result.logprobs, wanted.float(), atol=1e-6, rtol=1e-6)
+    (result.logprobs * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    torch.testing.assert_close(logits.grad, plain.grad, atol=1e-6, rtol=1e-6)
+
+
+def test_entropy_is_that_of_the_distribution_the_token_was_drawn_from():
+    logits = torch.full((1, 3, 4), 0.0)
+    logits[0, 1] = torch.tensor([0.0, 0.0, -1e4, -1e4])
+    result = token_logprobs(logits, torch.tensor([[0, 1, 1]]), torch.arange(3)[None], temperature=0.5)
+    torch.testing.assert_close(result.entropy, torch.tensor([[0.0, 4.0, 2.0]]).log().clamp(min=0.0))
+    assert not result.entropy.requires_grad
+
+
+def test_bfloat16_logits_give_float32_logprobs():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 6, 10).bfloat16().requires_grad_()
+    result = token_logprobs(logits, TOKEN_IDS, POSITION_IDS, temperature=1.0)
+    assert result.logprobs.dtype == torch.float32
+    torch.testing.assert_close(result.logprobs, reference(logits, 1.0).float(), atol=1e-5, rtol=1e-5)
+    result.logprobs.sum().backward()
+    assert logits.grad is not None and logits.grad.dtype == torch.bfloat16
+
+
+def test_section_becomes_a_deepspeed_config():
+    train = TrainSection(zero_stage=2, lr=3e-4, betas=(0.8, 0.9), weight_decay=0.1, max_grad_norm=0.5)
+    config = deepspeed_config(train, device="cpu")
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["gradient_clipping"] == 0.5
+    params = {"lr": 3e-4, "betas": [0.8, 0.9], "weight_decay": 0.1}
+    assert config["optimizer"] == {"type": "AdamW", "params": {"torch_adam": True, **params}}
+    assert deepspeed_config(train, device="cuda")["optimizer"]["params"] == params
+
+
+def test_what_the_user_passes_is_merged_and_an_optimizer_replaces_ours_whole():
+    passed = {
+        "optimizer": {"type": "SGD", "params": {"momentum": 0.9}},
+        "zero_optimization": {"stage3_param_persistence_threshold": 0, "stage": 3},
+        "bf16": {"enabled": True},
+    }
+    config = deepspeed_config(TrainSection(zero_stage=3, lr=0.5, deepspeed=passed), device="cpu")
+    assert config["optimizer"] == {"type": "SGD", "params": {"lr": 0.5, "momentum": 0.9}}
+    assert config["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+    assert config["zero_optimization"]["reduce_bucket_size"] > 0
+    assert config["bf16"] == {"enabled": True}
+    assert passed["zero_optimization"] == {"stage3_param_persistence_threshold": 0, "stage": 3}  # left as it was
+
+
+@pytest.mark.parametrize(
+    ("passed", "key", "remedy"),
+    [
+        ({"zero_optimization": {"stage": 1}}, "train.deepspeed.zero_optimization.stage", "train.zero_stage"),
+        ({"gradient_clipping": 2.0}, "train.deepspeed.gradient_clipping", "train.max_grad_norm"),
+        ({"train_batch_size": 8}, "train.deepspeed.train_batch_size", "train.prompts_per_batch"),
+        ({"gradient_accumulation_steps": 4}, "train.deepspeed.gradient_accumulation_steps", "tokens_per_microbatch"),
+        ({"fp16": {"enabled": True}}, "train.deepspeed.fp16.enabled", "bf16"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "train.deepspeed.tensor_parallel.autotp_size", "data-parallel"),
+        ({"managed_gradient_accumulation": False}, "train.deepspeed.managed_gradient_accumulation", "Leave it out"),
+    ],
+)
+def test_entry_that_contradicts_ours_is_refused_and_names_the_key_to_set_instead(passed, key, remedy):
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_config(TrainSection(deepspeed=passed), device="cpu")
+    assert caught.value.what == key and remedy in caught.value.remedy
