@@ -24,11 +24,11 @@ is_ready() {
 }
 
 make_venv() {
-    [ -x .venv/bin/python ] && return
+    [ -x .venv/bin/python ] && .venv/bin/python -m pip --version >/dev/null 2>&1 && return
     local candidate
     for candidate in ${PYTHON:-python3 python3.11 python3.12}; do
         if "$candidate" -c "$fits" 2>/dev/null; then
-            "$candidate" -m venv .venv
+            "$candidate" -m venv --clear .venv
             return
         fi
     done

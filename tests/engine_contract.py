@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 import numpy as np
 import pytest
 
 from rlsys.errors import RequestRefused, WeightsRefused
 from rlsys.records import Turn, WeightVersion
+from rlsys.rollout.clock import Clock
 from rlsys.rollout.engine import Engine, GenerateRequest
 
 
@@ -20,10 +20,10 @@ async def check_engine_contract(
     second: WeightVersion,
     refused: WeightVersion,
     request: GenerateRequest,
-    until_halfway: Callable[[], Awaitable[None]],
+    clock: Clock,
 ) -> Turn:
-    """Drive a started engine through two versions. ``request`` must run to its token limit under both, and
-    ``until_halfway`` return while it is in flight. Returns the turn that lived through the swap."""
+    """Drive a started engine through two versions. ``request`` must run to its token limit under both. Returns the turn
+    that lived through the swap, which came after a third of it."""
     with pytest.raises(RequestRefused):
         await engine.generate(request)  # nothing is proven yet
     assert engine.version is None
@@ -32,11 +32,13 @@ async def check_engine_contract(
     assert report.version == first.version == engine.version
     before = await engine.generate(request)
     assert set(before.versions_T) == {first.version.code}
+    started = clock.now()
     again = await engine.generate(request)
+    seconds = clock.now() - started
     assert again.token_ids_T.tolist() == before.token_ids_T.tolist()
 
     in_flight = asyncio.create_task(engine.generate(request))
-    await until_halfway()
+    await clock.sleep(seconds / 3)
     await engine.load_weights(second)
     turn = await in_flight
     num_before = int(np.count_nonzero(turn.versions_T == first.version.code))

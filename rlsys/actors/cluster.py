@@ -50,6 +50,6 @@ def check_resources(config: Config) -> None:
                 what=f"{kind}s for {config.rollout.replicas} rollout replicas and {config.train.ranks} learner ranks",
                 got=f"{there.get(kind, 0.0):g} in the cluster",
                 wanted=f"{amount:g}",
-                remedy=f"lower rollout.replicas or train.ranks, or the share of each "
-                f"(rollout.{unit}s_per_replica, train.{unit}s_per_rank; fractions are allowed), or join a larger cluster",
+                remedy=f"lower rollout.replicas or train.ranks, or the share of each (rollout.{unit}s_per_replica, "
+                f"train.{unit}s_per_rank; fractions are allowed), or join a larger cluster",
             )

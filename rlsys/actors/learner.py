@@ -25,6 +25,7 @@ class LearnerActor:
         self._rank, self._engine_dtype = rank, engine_dtype
         self._learner = LearnerRank(**arguments)
         self._probe_ids: tuple[Any, ...] = ()
+        self._writers: dict[str, Any] = {}  # kept: mapping a recycled segment anew costs as much as filling it
 
     def __repr__(self) -> str:
         return f"LearnerRank({self._rank})"
@@ -45,11 +46,7 @@ class LearnerActor:
 
     def export(self, segment: str) -> tuple[tuple[TensorEntry, ...], Probe]:
         """Write the weights (rank 0), and answer the probe (every rank: a collective under ZeRO-3)."""
-        import torch
-
-        from rlsys.weights.segment import SegmentWriter
-
-        writer = SegmentWriter(segment, getattr(torch, self._engine_dtype)) if self._rank == 0 else None
+        writer = self._writer(segment) if self._rank == 0 else None
         self._learner.export(writer.write if writer is not None else _write_nothing)
         entries = writer.finish() if writer is not None else ()
         logprobs = self._learner.probe_logprobs(self._probe_ids)
@@ -57,6 +54,15 @@ class LearnerActor:
 
     def save(self, folder: str) -> None:
         self._learner.save_hf(folder)
+
+    def _writer(self, segment: str) -> Any:
+        import torch
+
+        from rlsys.weights.segment import SegmentWriter
+
+        if segment not in self._writers:
+            self._writers[segment] = SegmentWriter(segment, getattr(torch, self._engine_dtype))
+        return self._writers[segment]
 
 
 class RayLearner:

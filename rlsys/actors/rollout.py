@@ -15,7 +15,7 @@ from rlsys.rollout.vllm_settings import VllmSettings
 
 
 class RolloutActor:
-    """Async, so that many groups are played at once. vllm and transformers are imported here, in the actor's process."""
+    """Async, so that many groups are played at once. vllm and transformers are imported in the actor's process only."""
 
     def __init__(self, name: str, settings: VllmSettings) -> None:
         from transformers import AutoTokenizer

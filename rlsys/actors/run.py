@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.actors.cluster import check_resources, ray_cluster
-from rlsys.actors.setup import Built, build_run
+from rlsys.actors.setup import Built, Inputs, build_run
 from rlsys.config.schema import Config
-from rlsys.controller.parts import Source
 from rlsys.errors import RlsysError
 from rlsys.observe.progress import Progress
 from rlsys.observe.ray_metrics import RayGauges
@@ -43,15 +42,12 @@ class RunResult:
     failure: str = ""
 
 
-def run_training(config: Config) -> RunResult:
-    """Train as ``config`` says.
+def run_training(config: Config, inputs: Inputs) -> RunResult:
+    """Train as ``config`` (resolved and checked) says.
 
     Raises:
-        ConfigError: before any actor starts.
+        ConfigError: the cluster cannot hold the run; no actor was started.
     """
-    from rlsys.actors.preflight import preflight
-
-    facts, source = preflight(config)
     folder = RunFolder(config.run.root, config.run.name)
     with redirect_library_output(folder.log_path) as terminal:
         sink = _open_sink(config, folder, Progress(terminal, config.run.steps))
@@ -61,7 +57,7 @@ def run_training(config: Config) -> RunResult:
                 check_resources(config)
                 folder.write_config(config.model_dump(mode="json"))
                 sink.event(f"run folder {folder.path}" + (f", Ray dashboard {dashboard}" if dashboard else ""))
-                result = asyncio.run(_drive(config, facts, source, sink, folder))
+                result = asyncio.run(_drive(config, inputs, sink, folder))
                 last_words = _last_words(result)
         finally:
             sink.close(last_words)
@@ -69,7 +65,7 @@ def run_training(config: Config) -> RunResult:
     return result
 
 
-async def _drive(config: Config, facts: Any, source: Source, sink: RunSink, folder: RunFolder) -> RunResult:
+async def _drive(config: Config, inputs: Inputs, sink: RunSink, folder: RunFolder) -> RunResult:
     """Build, run, export. A failure of the run is a result; what was measured until then is kept."""
     remove_stale_segments()
     _interrupt_on_signals()
@@ -77,7 +73,7 @@ async def _drive(config: Config, facts: Any, source: Source, sink: RunSink, fold
     status, failure = DONE, ""
     try:
         sink.event("starting the rollout engines, the learner and the reward workers")
-        built = await build_run(config, facts, source, sink)
+        built = await build_run(config, inputs, sink)
         await built.loops.run()
         await built.learner.save(str(folder.model_path))
     except RlsysError as error:

@@ -36,20 +36,22 @@ from rlsys.weights.segment import segment_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Facts:
-    """What was found out about the inputs before any actor starts.
+class Inputs:
+    """What a configuration points at, found and checked before any actor starts.
 
     Attributes:
         model_path: local Hugging Face folder.
         longest_prompt: tokens, over training and held-out questions.
         pad_token_id: fills rows of a microbatch; carries no weight.
         reward_path: import path of the reward function.
+        source: the questions.
     """
 
     model_path: str
     longest_prompt: int
     pad_token_id: int
     reward_path: str
+    source: Source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,15 +63,15 @@ class Built:
     fleet: RayFleet
 
 
-async def build_run(config: Config, facts: Facts, source: Source, sink: Sink) -> Built:
+async def build_run(config: Config, inputs: Inputs, sink: Sink) -> Built:
     """Create the actors, wait until every one is up, and hand them to the controller.
 
     Raises RlsysError naming the part that did not come up.
     """
     version = Version(incarnation=0, step=0)
-    fleet = RayFleet(dict(_rollout_actors(config, facts)))
-    learner = RayLearner(_learner_actors(config, facts), version)
-    workers = _reward_workers(config, facts)
+    fleet = RayFleet(dict(_rollout_actors(config, inputs)))
+    learner = RayLearner(_learner_actors(config, inputs), version)
+    workers = _reward_workers(config, inputs)
     buffer = RayBuffer(
         _actor(BufferActor, "buffer", cpus=0).remote(
             max_staleness=config.rollout.max_staleness, age_policy=config.rollout.age_policy
@@ -82,17 +84,17 @@ async def build_run(config: Config, facts: Facts, source: Source, sink: Sink) ->
         within(config.train.start_timeout_s, "the reward workers to start", rewards),
     )
     parts = Parts(
-        source=source,
+        source=inputs.source,
         fleet=fleet,
         scorer=RewardPool(
             workers,
             timeout_s=config.reward.timeout_s,
             max_drops_in_a_row=config.reward.max_drops_in_a_row,
-            is_async=is_async_reward(load_reward(facts.reward_path)),
+            is_async=is_async_reward(load_reward(inputs.reward_path)),
         ),
         buffer=buffer,
         learner=learner,
-        make_batch=partial(make_batch, config, facts),
+        make_batch=partial(make_batch, config, inputs),
         segments=SegmentPool(
             [str(segment_path(config.run.name, str(number))) for number in range(NUM_SEGMENTS)],
         ),
@@ -133,7 +135,7 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def make_batch(config: Config, facts: Facts, groups: Sequence[RolloutGroup], step: int) -> Batch:
+def make_batch(config: Config, inputs: Inputs, groups: Sequence[RolloutGroup], step: int) -> Batch:
     """Advantages, then microbatches: what the learner is handed to train ``step``."""
     name, parameters = _row(config.algo.advantage)
     oldest = first_trained_step(
@@ -145,21 +147,21 @@ def make_batch(config: Config, facts: Facts, groups: Sequence[RolloutGroup], ste
         ranks=config.train.ranks,
         steps_per_batch=config.train.steps_per_batch,
         tokens_per_microbatch=config.train.tokens_per_microbatch,
-        pad_token_id=facts.pad_token_id,
+        pad_token_id=inputs.pad_token_id,
         version=Version(incarnation=0, step=step),
     )
 
 
-def _rollout_actors(config: Config, facts: Facts) -> list[tuple[str, Any]]:
+def _rollout_actors(config: Config, inputs: Inputs) -> list[tuple[str, Any]]:
     rollout = config.rollout
     environment = engine_environment(cpus=rollout.cpus_per_replica, gpus=rollout.gpus_per_replica)
     actors = []
     for index in range(rollout.replicas):
         name = f"rollout-{index}"
         settings = VllmSettings(
-            model=facts.model_path,
+            model=inputs.model_path,
             dtype=config.model.dtype,
-            max_model_len=facts.longest_prompt + rollout.max_tokens,
+            max_model_len=inputs.longest_prompt + rollout.max_tokens,
             slots=rollout.slots,
             seed=config.run.seed + index,
             start_timeout_s=rollout.start_timeout_s,
@@ -173,12 +175,12 @@ def _rollout_actors(config: Config, facts: Facts) -> list[tuple[str, Any]]:
     return actors
 
 
-def _learner_actors(config: Config, facts: Facts) -> list[Any]:
+def _learner_actors(config: Config, inputs: Inputs) -> list[Any]:
     train = config.train
     loss_name, loss_parameters = _row(config.algo.loss)
     correction_name, correction_parameters = _row(config.algo.correction)
     arguments = {
-        "model_path": facts.model_path,
+        "model_path": inputs.model_path,
         "train": train,
         "temperature": config.rollout.temperature,
         "loss": (POLICY_LOSSES[loss_name], loss_parameters),
@@ -198,10 +200,10 @@ def _learner_actors(config: Config, facts: Facts) -> list[Any]:
     ]
 
 
-def _reward_workers(config: Config, facts: Facts) -> list[RayRewardWorker]:
+def _reward_workers(config: Config, inputs: Inputs) -> list[RayRewardWorker]:
     def create(name: str) -> Any:
         actor = _actor(RewardActor, None, cpus=0, environment={"OMP_NUM_THREADS": "1"})
-        return actor.remote(name, facts.reward_path, config.reward.timeout_s)
+        return actor.remote(name, inputs.reward_path, config.reward.timeout_s)
 
     return [
         RayRewardWorker(f"reward-{index}", partial(create, f"reward-{index}")) for index in range(config.reward.workers)

@@ -16,6 +16,19 @@ from rlsys.config.load import dump_config
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
 
+RUN_FILES = {
+    "config.yaml",
+    "metrics.jsonl",
+    "result.json",
+    "log.txt",
+    "rollouts",
+    "tensorboard",
+    "checkpoints",
+    "model",
+    "trace.json",
+    "report.html",
+}
+
 
 def check_config(config: Config) -> list[str]:
     """Check a resolved config as a whole, and everything it points at. Starts nothing, writes nothing.
@@ -111,24 +124,24 @@ def check_data_is_named_once(config: Config) -> None:
 def check_run_folder(config: Config) -> None:
     """A run never writes into the folder of another one. One that trained no batch may be started again."""
     folder = config.run.root / config.run.name
+    what, wanted = f"run.name={config.run.name}", "a new run folder"
     remedy = f"choose another run.name, or delete the folder: rm -r {folder}"
     if folder.exists() and not folder.is_dir():
-        raise ConfigError("run.name", got=f"{folder} is a file", wanted="a folder or nothing there", remedy=remedy)
-    if not folder.is_dir() or not any(folder.iterdir()):
+        raise ConfigError(what, got=f"{folder} is a file", wanted=wanted, remedy=remedy)
+    strange = sorted(path.name for path in folder.iterdir() if path.name not in RUN_FILES) if folder.is_dir() else []
+    if strange:
+        raise ConfigError(
+            what, got=f"{folder} holds other things than a run: {strange[0]}", wanted=wanted, remedy=remedy
+        )
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file() or metrics.stat().st_size == 0:
         return
-    what, wanted = f"run.name={config.run.name}", "a new run folder"
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(what, got=f"{folder} holds other things than a run", wanted=wanted, remedy=remedy)
     differing = _differences(folder, config)
     if differing:
-        raise ConfigError(
-            what, got=f"{folder} is a run with another config ({differing})", wanted=wanted, remedy=remedy
-        )
-    if (folder / "result.json").exists():
-        raise ConfigError(what, got=f"{folder} is a finished run of this config", wanted=wanted, remedy=remedy)
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists() and metrics.stat().st_size > 0:
-        raise ConfigError(what, got=f"{folder} is a started run of this config", wanted=wanted, remedy=remedy)
+        got = f"{folder} is a run with another config ({differing})"
+    else:
+        got = f"{folder} is a {'finished' if (folder / 'result.json').exists() else 'started'} run of this config"
+    raise ConfigError(what, got=got, wanted=wanted, remedy=remedy)
 
 
 def _differences(folder: Any, config: Config) -> str:

@@ -1,5 +1,5 @@
-"""What an inference engine is to rlsys: five methods. ``vllm_engine.py`` is the real one, ``sim_engine.py`` the simulated
-one; both pass the same contract test."""
+"""What an inference engine is to rlsys: five methods. ``vllm_engine.py`` is the real one, ``sim_engine.py`` the
+simulated one; both pass the same contract test."""
 
 from __future__ import annotations
 

@@ -63,12 +63,14 @@ async def play_group(
         EngineLost: the engine is gone, and the whole group with it.
     """
 
+    opening_of = _Openings(tokenizer)
+
     async def play(member: int) -> Rollout | DroppedRollout:
         rollout_id = f"{prompt.group_id}/{member}"
         rows = _Rows(rollout_id=rollout_id, seed=rollout_seed(seed, rollout_id))
         started = clock.now()
         try:
-            await _converse(prompt, rows, engine, make_env(), tokenizer, temperature, max_tokens)
+            await _converse(prompt, rows, engine, make_env(), tokenizer, opening_of, temperature, max_tokens)
         except RequestRefused as error:
             return DroppedRollout(rollout_id=rollout_id, cause=DropCause.ENGINE_REFUSED, detail=str(error))
         if not any(rows.loss_mask):
@@ -124,6 +126,19 @@ def following_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[
     return whole[end:]
 
 
+class _Openings:
+    """Renders an opening once for all members that begin alike."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._last: tuple[Sequence[Message] | str, list[int]] | None = None
+
+    def tokens(self, opening: Sequence[Message] | str) -> list[int]:
+        if self._last is None or self._last[0] != opening:
+            self._last = (opening, opening_tokens(self._tokenizer, opening))
+        return self._last[1]
+
+
 @dataclass(slots=True)
 class _Rows:
     """A rollout under way: everything so far, one entry per token."""
@@ -174,11 +189,12 @@ async def _converse(
     engine: Engine,
     env: Env,
     tokenizer: Tokenizer,
+    opening_of: _Openings,
     temperature: float,
     max_tokens: int,
 ) -> None:
     """Fill ``rows`` turn by turn until the environment, or a turn that was cut at its token limit, ends it."""
-    rows.add_context(opening_tokens(tokenizer, env.reset(prompt)))
+    rows.add_context(opening_of.tokens(env.reset(prompt)))
     rows.num_prompt_tokens = len(rows.token_ids)
     while True:
         turn = await engine.generate(

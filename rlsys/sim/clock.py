@@ -49,16 +49,19 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class VirtualClock:
-    """The running loop's virtual time, as the controller's clock."""
+    """A virtual time with its event loop. Hand it to whatever asks for a clock, then ``run``."""
+
+    def __init__(self) -> None:
+        self._loop = VirtualLoop()
 
     def now(self) -> float:
-        return asyncio.get_running_loop().time()
+        """Seconds, from 0."""
+        return self._loop.time()
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
-
-def run_virtual(main: Coroutine[Any, Any, Answer]) -> Answer:
-    """Run a coroutine to its end in virtual time. Raises Deadlock, and what ``main`` raises."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(main)
+    def run(self, main: Coroutine[Any, Any, Answer]) -> Answer:
+        """Run a coroutine to its end in virtual time; once per clock. Raises Deadlock, and what ``main`` raises."""
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            return runner.run(main)

@@ -12,7 +12,7 @@ from rlsys.controller.parts import Parts, PlaySpec
 from rlsys.controller.plan import Plan
 from rlsys.records import RolloutGroup, Version
 from rlsys.rollout.sim_engine import SimEngine, learning_answer
-from rlsys.sim.clock import VirtualClock, run_virtual
+from rlsys.sim.clock import VirtualClock
 from rlsys.sim.fleet import VOCAB_SIZE, SimFleet, SimLearner, SimScorer, SimSource, doubled
 from rlsys.weights.pool import NUM_SEGMENTS, SegmentPool
 
@@ -85,8 +85,10 @@ def simulate(world: World, disturb: Callable[[Loops, SimFleet], None] = lambda l
         disturb: called once before the start, for faults beyond ``world.crashes``.
     """
 
+    clock = VirtualClock()
+
     async def main() -> SimReport:
-        clock, sink = VirtualClock(), RecordingSink()
+        sink = RecordingSink()
         version = Version(incarnation=0, step=0)
         fleet = SimFleet({f"rollout-{index}": _engine(world, index, clock) for index in range(world.replicas)}, clock)
         learner = SimLearner(clock, version, step_s=world.step_s, export_s=world.export_s)
@@ -115,7 +117,7 @@ def simulate(world: World, disturb: Callable[[Loops, SimFleet], None] = lambda l
         summary = loops.summary()
         return SimReport(loops=loops, sink=sink, trained=learner.trained, summary=summary, virtual_s=clock.now())
 
-    return run_virtual(main())
+    return clock.run(main())
 
 
 def _engine(world: World, index: int, clock: VirtualClock) -> SimEngine:

@@ -45,7 +45,9 @@ def remove_segments(run: str, folder: Path = SHM_FOLDER) -> tuple[Path, ...]:
 
 
 class SegmentWriter:
-    """Writes one version into a segment: cast and copied in one pass, straight into the mapped bytes.
+    """Writes versions into a segment: cast and copied in one pass, straight into the mapped bytes.
+
+    Keep it for the next version: the mapping stays, so that writing again touches no fresh page.
 
     Args:
         path: the segment; made if missing, recycled otherwise.
@@ -53,10 +55,8 @@ class SegmentWriter:
     """
 
     def __init__(self, path: Path | str, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        self._size_bytes = os.fstat(self._fd).st_size
-        self._map: mmap.mmap | None = mmap.mmap(self._fd, self._size_bytes) if self._size_bytes else None
+        self._path, self._dtype = path, dtype
+        self._map: mmap.mmap | None = None
         self._end = 0
         self._entries: list[TensorEntry] = []
 
@@ -81,18 +81,21 @@ class SegmentWriter:
         self._end = offset + num_bytes
 
     def finish(self) -> tuple[TensorEntry, ...]:
-        """Close the segment; returns the manifest, in the order of writing."""
-        self._map = None  # unmapped as soon as no tensor view is left
-        os.close(self._fd)
-        return tuple(self._entries)
+        """End this version; returns its manifest, in the order of writing. The next ``write`` begins the next one."""
+        entries = tuple(self._entries)
+        self._end, self._entries = 0, []
+        return entries
 
     def _map_up_to(self, end: int) -> mmap.mmap:
-        if end > self._size_bytes or self._map is None:
-            size_bytes = max(-(-end // GROWTH_BYTES) * GROWTH_BYTES, self._size_bytes)
-            # allocates the pages: a full file system is an OSError here instead of a SIGBUS in the middle of the copy
-            os.posix_fallocate(self._fd, 0, size_bytes)
-            self._size_bytes = size_bytes
-            self._map = mmap.mmap(self._fd, size_bytes)
+        if self._map is None or end > len(self._map):
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                size_bytes = max(-(-end // GROWTH_BYTES) * GROWTH_BYTES, os.fstat(fd).st_size)
+                # allocates the pages: a full file system is an OSError here, not a SIGBUS in the middle of the copy
+                os.posix_fallocate(fd, 0, size_bytes)
+                self._map = mmap.mmap(fd, size_bytes)  # the one before goes with its last view
+            finally:
+                os.close(fd)
         return self._map
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,14 @@ END = 0
 ENDING_STEP = 10  # the model of this step ends its answers soon, the others as good as never
 NUM_LONG = 560  # tokens of a request that lives through a swap
 PROMPT = [17, 4, 99, 230, 8]
+
+
+class WallClock:
+    def now(self) -> float:
+        return perf_counter()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
 
 def _model(step: int) -> Qwen2ForCausalLM:
@@ -171,7 +180,7 @@ def test_vllm_engine_obeys_the_contract_and_stamps_every_token_with_what_sampled
             second=second,
             refused=replace(bench.weights(3), segment=str(bench.folder / "gone")),
             request=_request("contract", NUM_LONG),
-            until_halfway=lambda: asyncio.sleep(0.15),
+            clock=WallClock(),
         )
     )
     is_first = turn.versions_T == first.version.code
@@ -199,15 +208,20 @@ def test_an_answer_ends_with_the_end_token_and_says_so(bench):
 
 
 def test_a_swap_with_more_context_in_flight_than_fits_into_a_batch_keeps_every_token_exact(bench):
-    """64 requests at some 50 tokens each are prefilled again: more than vLLM's batch of 2048 tokens."""
+    """64 requests at some 60 tokens each are prefilled again: more than vLLM's batch of 2048 tokens."""
+
+    async def play() -> list[Turn]:
+        return await _gather([bench.engine.generate(_request(f"load{seed}", 120, seed=seed)) for seed in range(64)])
 
     async def swap_under_load() -> list[Turn]:
         await bench.engine.load_weights(bench.weights(1, previous=ENDING_STEP))
-        in_flight = asyncio.ensure_future(
-            _gather([bench.engine.generate(_request(f"load{seed}", 120, seed=seed)) for seed in range(64)])
-        )
-        await asyncio.sleep(0.5)
-        await bench.engine.load_weights(bench.weights(2, previous=1))
+        second = bench.weights(2, previous=1)
+        started = perf_counter()
+        await play()
+        seconds = perf_counter() - started
+        in_flight = asyncio.create_task(play())
+        await asyncio.sleep(seconds / 2)
+        await bench.engine.load_weights(second)
         return await in_flight
 
     turns = bench.run(swap_under_load())

@@ -132,6 +132,15 @@ def test_make_model_writes_into_no_folder_that_holds_something(tmp_path):
     assert result.exit_code == 2 and "new or empty folder" in result.stderr
 
 
+def test_make_model_hands_on_folder_and_seed(tmp_path, monkeypatch):
+    made = []
+    tiny = SimpleNamespace(make_tiny=lambda out, *, seed: made.append((out, seed)))
+    monkeypatch.setitem(sys.modules, "rlsys.tiny", tiny)
+    result = invoke("make-model", "tiny", str(tmp_path / "out"), "--seed", "3")
+    assert result.exit_code == 0, result.output
+    assert made == [(tmp_path / "out", 3)]
+
+
 def test_a_kind_of_model_that_does_not_exist_is_a_usage_error(tmp_path):
     assert invoke("make-model", "huge", str(tmp_path / "out")).exit_code == 2
 

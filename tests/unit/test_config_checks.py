@@ -71,27 +71,29 @@ def test_data_is_named_exactly_once():
 
 @pytest.fixture
 def run(tmp_path):
-    """A config and its run folder, with the config's dump in it."""
+    """A config, and the folder of a run of it that trained a batch."""
     config = config_of(f"run.root={tmp_path}", "run.name=a")
     folder = tmp_path / "a"
     folder.mkdir()
     (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "metrics.jsonl").write_text("{}\n")
     return config, folder
 
 
 def test_a_run_that_trained_nothing_may_be_started_again(run):
     config, folder = run
-    (folder / "metrics.jsonl").touch()
+    (folder / "metrics.jsonl").write_text("")
+    (folder / "log.txt").touch()
     checks.check_run_folder(config)
+    checks.check_run_folder(apply_overrides(config, ["rollout.max_staleness=3"]))
 
 
-def test_a_finished_or_started_run_is_not_overwritten(run):
+def test_a_started_or_finished_run_is_not_overwritten(run):
     config, folder = run
-    (folder / "metrics.jsonl").write_text("{}\n")
-    assert "a started run" in refused(checks.check_run_folder, config).got
+    assert "a started run of this config" in refused(checks.check_run_folder, config).got
     (folder / "result.json").write_text("{}")
     error = refused(checks.check_run_folder, config)
-    assert "a finished run" in error.got and f"rm -r {folder}" in error.remedy
+    assert "a finished run of this config" in error.got and f"rm -r {folder}" in error.remedy
 
 
 def test_a_run_with_another_config_is_not_overwritten_and_the_difference_is_named(run):
@@ -102,14 +104,20 @@ def test_a_run_with_another_config_is_not_overwritten_and_the_difference_is_name
 
 def test_a_folder_of_other_things_is_left_alone(run):
     config, folder = run
-    (folder / "config.yaml").rename(folder / "letter.txt")
-    assert "other things" in refused(checks.check_run_folder, config).got
+    (folder / "metrics.jsonl").rename(folder / "letter.txt")
+    assert "other things than a run: letter.txt" in refused(checks.check_run_folder, config).got
 
 
-def test_a_config_that_cannot_be_read_counts_as_another_one(run):
+@pytest.mark.parametrize("text", ["run: [", "- a list", None])
+def test_a_config_that_cannot_be_read_counts_as_another_one(run, text):
     config, folder = run
-    (folder / "config.yaml").write_text("run: [")
+    (folder / "config.yaml").unlink() if text is None else (folder / "config.yaml").write_text(text)
     assert "cannot be read" in refused(checks.check_run_folder, config).got
+
+
+def test_a_file_in_place_of_the_run_folder_is_refused(tmp_path):
+    (tmp_path / "a").touch()
+    assert "is a file" in refused(checks.check_run_folder, config_of(f"run.root={tmp_path}", "run.name=a")).got
 
 
 # --- the algorithm's tables

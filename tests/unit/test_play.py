@@ -13,7 +13,7 @@ from rlsys.errors import EngineLost
 from rlsys.records import NOT_SAMPLED, Draw, DropCause, Probe, Prompt, RolloutGroup, StopReason, Version, WeightVersion
 from rlsys.rollout.play import following_tokens, opening_tokens, play_group, rollout_seed
 from rlsys.rollout.sim_engine import SimEngine
-from tests.virtual_clock import VirtualClock
+from rlsys.sim.clock import VirtualClock
 
 WORDS = ["<end>", "<user>", "<model>", "<nl>", "one", "two", "three", "more", "again", "a"]
 END, USER, MODEL, NEWLINE, ONE, TWO, THREE, MORE, AGAIN, _ = range(len(WORDS))

@@ -11,8 +11,8 @@ from rlsys.errors import EngineLost, RequestRefused, WeightsRefused
 from rlsys.records import Probe, StopReason, Version, WeightVersion
 from rlsys.rollout.engine import GenerateRequest
 from rlsys.rollout.sim_engine import SimEngine, learning_answer
+from rlsys.sim.clock import VirtualClock
 from tests.engine_contract import check_engine_contract
-from tests.virtual_clock import VirtualClock
 
 
 def _weights(step: int) -> WeightVersion:
@@ -45,11 +45,11 @@ def test_simulated_engine_obeys_the_contract():
             second=_weights(2),
             refused=_weights(9),
             request=_request(),
-            until_halfway=lambda: clock.sleep(0.55),
+            clock=clock,
         )
     )
-    # tokens come at 0.1, 0.2, ... 0.5, then the pause
-    assert [Version.from_code(code).step for code in turn.versions_T] == [1] * 5 + [2] * 15
+    # 20 tokens take 2 s: they come at 0.1, 0.2, ... 0.6, and the pause at 0.667
+    assert [Version.from_code(code).step for code in turn.versions_T] == [1] * 6 + [2] * 14
     assert turn.stop_reason is StopReason.LENGTH
 
 

@@ -62,6 +62,16 @@ def test_recycled_segment_keeps_its_pages_and_grows_when_needed(tmp_path):
     assert all(torch.equal(view, large[name]) for name, view in reader.tensors())
 
 
+def test_a_kept_writer_begins_every_version_anew(tmp_path):
+    writer = SegmentWriter(tmp_path / "s", torch.float32)
+    for value in (1.0, 2.0):
+        writer.write("a", torch.full((5,), value))
+        entries = writer.finish()
+        assert [(entry.name, entry.offset) for entry in entries] == [("a", 0)]
+        ((_, view),) = SegmentReader(str(tmp_path / "s"), entries).tensors()
+        assert view.tolist() == [value] * 5
+
+
 def test_a_corrupted_byte_is_refused_by_the_name_of_its_tensor(tmp_path):
     path = tmp_path / "s"
     entries = _write(path, {"a": torch.rand(100), "b": torch.rand(100)})

@@ -1,0 +1,53 @@
+"""What a vLLM engine is started with: the contract's arguments are ours, the others the user's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from rlsys.errors import ConfigError
+from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS, VllmSettings, engine_environment
+
+
+def _settings(**vllm) -> VllmSettings:
+    return VllmSettings(
+        model="m",
+        dtype="float32",
+        max_model_len=32,
+        slots=8,
+        seed=0,
+        start_timeout_s=1,
+        timeout_s=1,
+        vllm=vllm,
+    )
+
+
+def test_an_argument_that_rlsys_sets_itself_is_refused_by_name():
+    for key in OWNED_ARGUMENTS:
+        with pytest.raises(ConfigError) as refused:
+            _settings(**{key: 7})
+        assert refused.value.what == f"rollout.vllm.{key}"
+    with pytest.raises(ConfigError, match=r"rollout\.slots"):
+        _settings(max_num_seqs=7)
+
+
+def test_other_arguments_win_over_the_defaults():
+    arguments = _settings(enforce_eager=False, gpu_memory_utilization=0.5).arguments(on_cpu=True)
+    assert arguments["enforce_eager"] is False and arguments["gpu_memory_utilization"] == 0.5
+    assert _settings().arguments(on_cpu=True)["enforce_eager"] is True
+    assert set(_settings().arguments(on_cpu=True)) >= set(OWNED_ARGUMENTS) - {"weight_transfer_config", "tokenizer"}
+
+
+def test_the_probe_always_has_room():
+    arguments = _settings().arguments(on_cpu=True)
+    assert arguments["max_num_seqs"] == 8 + 2  # two probe sequences beside full slots
+    assert arguments["max_model_len"] == 48 + 1  # one probe sequence and the token that vLLM samples after it
+
+
+def test_settings_and_environment_need_no_engine():
+    code = "import sys, rlsys.rollout.vllm_settings; print(sorted({'torch', 'vllm', 'ray'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert engine_environment(cpus=0.5, gpus=0)["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in engine_environment(cpus=4, gpus=1)
