@@ -33,17 +33,18 @@ def run(config: str | Path | Config, overrides: Sequence[str] = ()) -> RunResult
         ConfigError: the configuration cannot work; nothing was started.
         RlsysError: the run failed.
     """
-    from rlsys.config.checks import check_config
     from rlsys.config.load import apply_overrides, load_config
     from rlsys.config.presets import resolve
     from rlsys.config.schema import Config
 
     given = apply_overrides(config, overrides) if isinstance(config, Config) else load_config(config, overrides)
     resolved = resolve(given)
-    check_config(resolved)
-    from rlsys.actors.run import run_training  # Ray is imported only once the config is known to work
+    from rlsys.plan.preflight import preflight, run_inputs
 
-    return run_training(resolved)
+    found = preflight(resolved).found
+    from rlsys.actors.run import run_training
+
+    return run_training(resolved, run_inputs(resolved, found))
 
 
 class _CallableModule(ModuleType):

@@ -79,14 +79,14 @@ def main() -> None:
 
 
 def _check(path: Path, overrides: list[str]) -> int:
-    from rlsys.config.checks import check_config
     from rlsys.config.load import dump_config, load_config
     from rlsys.config.presets import resolve
+    from rlsys.plan.preflight import preflight
 
     config = resolve(load_config(path, overrides))
     typer.echo(dump_config(config))
-    for fact in check_config(config):
-        typer.echo(f"- {fact}")
+    for sentence in preflight(config).sentences:
+        typer.echo(f"- {sentence}")
     return DONE
 
 

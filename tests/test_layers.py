@@ -21,17 +21,11 @@ LAYERS = (
     {"rollout", "train", "tiny"},
     {"controller"},
     {"actors"},
-    {"sim"},
+    {"sim", "plan"},
     {"cli", "__init__"},
     {"__main__"},
 )
 LAYER_OF = {package: index for index, layer in enumerate(LAYERS) for package in layer}
-
-# module: what it may import all the same, and why
-EXCEPTIONS = {
-    # Law 9: what a config points at is looked at before an actor starts. Inside functions only (tested below).
-    "config/references.py": {"algo", "prompts", "reward", "rollout", "train", "tiny"},
-}
 
 # library: where it may be imported
 WALLED = {
@@ -81,10 +75,9 @@ def test_every_package_has_a_layer():
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_point_one_way(path: Path):
     here = package_of(path)
-    allowed = EXCEPTIONS.get(name_of(path), set())
     for module, line in imports_of(parsed(path)):
         parts = module.split(".")
-        if parts[0] != "rlsys" or len(parts) < 2 or parts[1] in ("__version__", here) or parts[1] in allowed:
+        if parts[0] != "rlsys" or len(parts) < 2 or parts[1] in ("__version__", here):
             continue
         assert LAYER_OF[parts[1]] < LAYER_OF[here], f"{name_of(path)}:{line} imports {module}, which is not below it"
 
@@ -94,22 +87,6 @@ def test_libraries_stay_behind_their_walls(path: Path):
     for module, line in imports_of(parsed(path)):
         allowed = WALLED.get(module.split(".")[0])
         assert allowed is None or name_of(path).startswith(allowed), f"{name_of(path)}:{line} imports {module}"
-
-
-@pytest.mark.parametrize("name", sorted(EXCEPTIONS))
-def test_exceptions_look_up_inside_functions_only(name: str):
-    tree = parsed(ROOT / name)
-    inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef)
-              for node in ast.walk(function)}  # fmt: skip
-    outside = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and id(node) not in inside]
-    for node in outside:
-        package = (node.module or "").split(".")[1:2]
-        assert not package or package[0] not in EXCEPTIONS[name] or is_type_checking(tree, node), node.lineno
-
-
-def is_type_checking(tree: ast.Module, wanted: ast.AST) -> bool:
-    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    return any(node is wanted for block in blocks for node in ast.walk(block))
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if name_of(path).startswith(SEALED)], ids=name_of)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.actors.cluster import check_resources, ray_cluster
-from rlsys.actors.setup import Built, Inputs, build_run
+from rlsys.actors.inputs import Inputs
+from rlsys.actors.setup import Built, build_run
 from rlsys.config.schema import Config
 from rlsys.errors import RlsysError
 from rlsys.observe.progress import Progress

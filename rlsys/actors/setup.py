@@ -12,6 +12,7 @@ import ray
 
 from rlsys.actors.buffer import BufferActor, RayBuffer
 from rlsys.actors.clock import WallClock
+from rlsys.actors.inputs import Inputs
 from rlsys.actors.learner import LearnerActor, RayLearner
 from rlsys.actors.reward import RayRewardWorker, RewardActor
 from rlsys.actors.rollout import RayFleet, RolloutActor
@@ -25,7 +26,7 @@ from rlsys.buffer.staleness import first_trained_step, lead_limit
 from rlsys.config.schema import Config, Row
 from rlsys.controller.deadline import within
 from rlsys.controller.loops import Loops
-from rlsys.controller.parts import Parts, PlaySpec, Sink, Source
+from rlsys.controller.parts import Parts, PlaySpec, Sink
 from rlsys.controller.plan import Plan
 from rlsys.records import RolloutGroup, Version
 from rlsys.reward.load import is_async_reward, load_reward
@@ -33,25 +34,6 @@ from rlsys.reward.pool import GRACE_S, RESTART_TIMEOUT_S, RewardPool
 from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
 from rlsys.weights.pool import NUM_SEGMENTS, SegmentPool
 from rlsys.weights.segment import segment_path
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inputs:
-    """What a configuration points at, found and checked before any actor starts.
-
-    Attributes:
-        model_path: local Hugging Face folder.
-        longest_prompt: tokens, over training and held-out questions.
-        pad_token_id: fills rows of a microbatch; carries no weight.
-        reward_path: import path of the reward function.
-        source: the questions.
-    """
-
-    model_path: str
-    longest_prompt: int
-    pad_token_id: int
-    reward_path: str
-    source: Source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,10 +88,9 @@ async def build_run(config: Config, inputs: Inputs, sink: Sink) -> Built:
 
 def make_plan(config: Config) -> Plan:
     rollout, train, reward = config.rollout, config.train, config.reward
-    batch_rollouts = train.prompts_per_batch * rollout.group_size
     # at worst a group waits until the pool has scored everything else that may stand, each member once with the others
     # and once alone, with a restart after each call
-    most_groups = lead_limit(max_staleness=rollout.max_staleness, batch_rollouts=batch_rollouts) / rollout.group_size
+    lead = lead_limit(max_staleness=rollout.max_staleness, batch_rollouts=config.rollouts_per_batch)
     one_group_s = (rollout.group_size + 1) * (2 * reward.timeout_s + GRACE_S + RESTART_TIMEOUT_S)
     return Plan(
         steps=config.run.steps,
@@ -129,7 +110,7 @@ def make_plan(config: Config) -> Plan:
         correct_at=reward.correct_at,
         rollouts_logged=config.observe.rollouts_per_step,
         play_timeout_s=rollout.timeout_s,
-        score_timeout_s=one_group_s * (1 + most_groups / reward.workers),
+        score_timeout_s=one_group_s * (1 + lead / rollout.group_size / reward.workers),
         stall_s=rollout.timeout_s + one_group_s,
         step_timeout_s=train.timeout_s,
     )

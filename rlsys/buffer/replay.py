@@ -1,4 +1,4 @@
-"""The replay buffer: finished groups wait here to be leased for training, oldest first.
+"""The replay buffer: finished groups wait here to be leased for training, those of the oldest policy first.
 
 A group is buffered -> leased -> trained. What is too old when a batch is taken leaves as dropped, and is named in the
 answer at once, so that the controller can ask its question again.
@@ -7,10 +7,10 @@ answer at once, so that the controller can ask its question again.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import bisect
 from dataclasses import dataclass
 
-from rlsys.buffer.staleness import drop_stale
+from rlsys.buffer.staleness import drop_stale, oldest_step
 from rlsys.errors import RlsysError
 from rlsys.records import DropCause, RolloutGroup, Version
 
@@ -59,7 +59,7 @@ class ReplayBuffer:
     def __init__(self, *, max_staleness: int, age_policy: str) -> None:
         self._max_staleness = max_staleness
         self._age_policy = age_policy
-        self._groups: deque[RolloutGroup] = deque()
+        self._groups: list[RolloutGroup] = []  # by the step of their oldest token, then by arrival
         self._leases: dict[int, Lease] = {}
         self._next_lease_id = 0
         self._trained = 0
@@ -77,11 +77,11 @@ class ReplayBuffer:
                 f"group {group.group_id} cannot be buffered: {len(group.rollouts)} rollouts, "
                 f"{len(group.baseline_rewards)} of the group scored, at least {MIN_BASELINE} needed"
             )
-        self._groups.append(group)
+        bisect.insort(self._groups, group, key=_oldest_step)
         self._arrived.set()
 
     async def take(self, num_groups: int, step: int, wait_s: float) -> Take:
-        """Lease the ``num_groups`` oldest groups that may be trained at ``step``.
+        """Lease ``num_groups`` groups that may be trained at ``step``, those sampled by the oldest policy first.
 
         Returns within ``wait_s`` seconds, at once when groups had to be dropped for age and too few are left.
         """
@@ -116,13 +116,14 @@ class ReplayBuffer:
         )
 
     def _lease(self, num_groups: int) -> Lease:
-        lease = Lease(lease_id=self._next_lease_id, groups=tuple(self._groups.popleft() for _ in range(num_groups)))
+        lease = Lease(lease_id=self._next_lease_id, groups=tuple(self._groups[:num_groups]))
+        del self._groups[:num_groups]
         self._next_lease_id += 1
         self._leases[lease.lease_id] = lease
         return lease
 
     def _drop_stale(self, step: int) -> list[RolloutGroup]:
-        kept: deque[RolloutGroup] = deque()
+        kept: list[RolloutGroup] = []
         shrunk = []
         for group in self._groups:
             left = drop_stale(group, step=step, max_staleness=self._max_staleness, age_policy=self._age_policy)
@@ -134,6 +135,10 @@ class ReplayBuffer:
                 kept.append(left)
         self._groups = kept
         return shrunk
+
+
+def _oldest_step(group: RolloutGroup) -> int:
+    return min(map(oldest_step, group.rollouts))
 
 
 def close_if_too_small(group: RolloutGroup) -> RolloutGroup:

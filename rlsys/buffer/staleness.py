@@ -59,6 +59,16 @@ def may_start(*, lead: int, group_size: int, limit: int) -> bool:
     return lead + group_size <= limit
 
 
+def min_engine_step(*, groups_trained: int, groups_standing: int, prompts_per_batch: int, max_staleness: int) -> int:
+    """Oldest version that may sample a group submitted now, so that it is young enough when its turn comes.
+
+    Its turn comes after what stands before it. Being at most ``max_staleness`` behind the learner is not enough, since
+    the learner moves on meanwhile. At the lead limit this is the newest trained version, never one yet to be made.
+    """
+    trained_at_step = (groups_trained + groups_standing) // prompts_per_batch
+    return max(0, trained_at_step - max_staleness)
+
+
 def staleness_of(groups: Iterable[RolloutGroup], step: int, not_before: int = 0) -> list[int]:
     """Staleness of every rollout, steps, in order; tokens sampled before ``not_before`` are not trained."""
     return [step - oldest_step(rollout, not_before) for group in groups for rollout in group.rollouts]

@@ -1,7 +1,7 @@
 """What must hold across sections before an actor starts (law 9: a config that cannot work fails before that).
 
 Every check is a function of its own with its own message. What needs a look at other things (the model's folder, the
-data, the reward function, the algorithm's tables) stands in ``references``.
+data, the reward function, the algorithm's tables) stands in ``plan/references``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from rlsys.config import facts
 from rlsys.config.load import dump_config
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
@@ -30,11 +29,8 @@ RUN_FILES = {
 }
 
 
-def check_config(config: Config) -> list[str]:
-    """Check a resolved config as a whole, and everything it points at. Starts nothing, writes nothing.
-
-    Returns:
-        Derived facts, a sentence each, for the person who reads `rlsys check`.
+def check_sections(config: Config) -> None:
+    """Check the sections of a resolved config against one another. Looks at nothing but the run folder.
 
     Raises:
         ConfigError: the first thing found that cannot work.
@@ -45,10 +41,6 @@ def check_config(config: Config) -> list[str]:
     check_pass_at(config)
     check_data_is_named_once(config)
     check_run_folder(config)
-    from rlsys.config import references  # looks into torch, transformers and the user's code: seconds, so last
-
-    found = references.check_references(config)
-    return facts.of_run(config) + facts.of_references(config, found)
 
 
 def check_staleness_is_corrected(config: Config) -> None:
@@ -66,7 +58,7 @@ def check_staleness_is_corrected(config: Config) -> None:
 
 def check_batch_can_be_divided(config: Config) -> None:
     """Every optimizer step needs a rollout for every rank."""
-    rollouts = facts.rollouts_per_batch(config)
+    rollouts = config.rollouts_per_batch
     needed = config.train.steps_per_batch * config.train.ranks
     if needed > rollouts:
         raise ConfigError(

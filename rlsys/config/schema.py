@@ -190,3 +190,7 @@ class Config(Section):
     eval: EvalSection = EvalSection()
     observe: ObserveSection = ObserveSection()
     ray: RaySection = RaySection()
+
+    @property
+    def rollouts_per_batch(self) -> int:
+        return self.train.prompts_per_batch * self.rollout.group_size

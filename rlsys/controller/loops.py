@@ -3,7 +3,7 @@
       source.next()          rollout_loop: admitted while the lead is below (max_staleness + 1) batches
            |
            v                 one task per group:
-      roster.acquire() ----> PARKED until an engine has slots and serves step >= learner - max_staleness
+      roster.acquire() ----> PARKED until an engine has slots and serves a version new enough for when its turn comes
       fleet.play()           RUNNING: vLLM samples; every token is stamped with the version that sampled it
       scorer.score()         SCORING: worker processes with a deadline; a failure is a drop, never a 0
       buffer.put()           BUFFERED
@@ -29,7 +29,13 @@ from dataclasses import replace
 from typing import TypeVar
 
 from rlsys.buffer.replay import MIN_BASELINE, Lease, close_if_too_small
-from rlsys.buffer.staleness import first_trained_step, lead_limit, may_start, staleness_of
+from rlsys.buffer.staleness import (
+    first_trained_step,
+    lead_limit,
+    may_start,
+    min_engine_step,
+    staleness_of,
+)
 from rlsys.controller.deadline import within
 from rlsys.controller.evaluate import EvalReport, evaluate
 from rlsys.controller.ledger import Ledger, Stage
@@ -115,14 +121,20 @@ class Loops:
             wanted = self.plan.steps * self.plan.prompts_per_batch - self._groups_trained - self.ledger.num_groups
             if wanted > 0 and may_start(lead=self.ledger.lead, group_size=group_size, limit=self._limit):
                 prompt = self.parts.source.next()
+                min_step = min_engine_step(
+                    groups_trained=self._groups_trained,
+                    groups_standing=self.ledger.num_groups,
+                    prompts_per_batch=self.plan.prompts_per_batch,
+                    max_staleness=self.plan.max_staleness,
+                )
                 self.ledger.submit(prompt.group_id, group_size)
-                tasks.create_task(self.group_task(prompt), name=prompt.group_id)
+                tasks.create_task(self.group_task(prompt, min_step), name=prompt.group_id)
             else:
                 self._lead_fell.clear()
                 await self._lead_fell.wait()
 
-    async def group_task(self, prompt: Prompt) -> None:
-        """Carry one question from an engine into the buffer.
+    async def group_task(self, prompt: Prompt, min_step: int) -> None:
+        """Carry one question from an engine that serves ``min_step`` or later into the buffer.
 
         consumes: one question.
         waits for: an engine with free slots, its answers, their rewards.
@@ -131,7 +143,7 @@ class Loops:
         """
         try:
             self.ledger.move(prompt.group_id, Stage.PARKED, self.plan.spec.group_size)
-            engine = await self.roster.acquire(self.plan.spec.group_size)
+            engine = await self.roster.acquire(self.plan.spec.group_size, min_step)
             self.ledger.move(prompt.group_id, Stage.RUNNING, self.plan.spec.group_size)
             group = self._close(await self._play(engine, prompt, self.plan.spec))
             if group.rollouts:
@@ -162,9 +174,8 @@ class Loops:
             step = self.version.step
             batch = self.parts.make_batch(lease.groups, step)
             built_s = clock.now() - began - waited_s
-            report = await within(
-                self.plan.step_timeout_s, f"the learner to train step {step}", self.parts.learner.step(batch)
-            )
+            training = self.parts.learner.step(batch)
+            report = await within(self.plan.step_timeout_s, f"the learner to train step {step}", training)
             self.version = report.version
             trained_s = clock.now() - began - waited_s - built_s
             await self._publish()
@@ -228,11 +239,8 @@ class Loops:
     async def _play(self, engine: str, prompt: Prompt, spec: PlaySpec) -> RolloutGroup:
         """Sample one group on slots that are held already. An engine that misses its deadline is lost."""
         try:
-            return await within(
-                self.plan.play_timeout_s,
-                f"{engine} to play {prompt.group_id}",
-                self.parts.fleet.play(engine, prompt, spec),
-            )
+            playing = self.parts.fleet.play(engine, prompt, spec)
+            return await within(self.plan.play_timeout_s, f"{engine} to play {prompt.group_id}", playing)
         except (EngineLost, WaitTimeout) as error:
             await self.sync.lose(engine, str(error))
             raise EngineLost(str(error)) from error
@@ -240,9 +248,8 @@ class Loops:
             self.roster.release(engine, spec.group_size)
 
     async def _score(self, group: RolloutGroup) -> RolloutGroup:
-        return await within(
-            self.plan.score_timeout_s, f"the rewards of {group.group_id}", self.parts.scorer.score(group)
-        )
+        scoring = self.parts.scorer.score(group)
+        return await within(self.plan.score_timeout_s, f"the rewards of {group.group_id}", scoring)
 
     async def _next_lease(self) -> Lease:
         """Wait for a batch; what was too old meanwhile leaves by name and is asked again."""
@@ -264,7 +271,6 @@ class Loops:
                 raise WaitTimeout(f"rollouts ({self.ledger.describe()}; {self.roster.describe()})", self.plan.stall_s)
 
     async def _publish(self) -> None:
-        self.roster.require(max(0, self.version.step - self.plan.max_staleness))
         if self.plan.max_staleness == 0:
             await self.sync.publish_everywhere(self.version)
         else:

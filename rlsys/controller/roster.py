@@ -20,6 +20,13 @@ class _Engine:
     busy_since: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    num_rollouts: int
+    min_step: int
+    place: asyncio.Future[str]
+
+
 class Roster:
     """Engine slots, handed out oldest request first. One slot is one rollout.
 
@@ -33,9 +40,8 @@ class Roster:
         self._engines = {name: _Engine() for name in names}
         self._slots = slots
         self._clock = clock
-        self._waiting: deque[tuple[int, asyncio.Future[str]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._changed = asyncio.Event()
-        self._min_step = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,13 +54,8 @@ class Roster:
     def step_of(self, name: str) -> int | None:
         return self._engines[name].step if name in self._engines else None
 
-    def require(self, min_step: int) -> None:
-        """From now on a rollout starts only on an engine that serves ``min_step`` or later."""
-        self._min_step = min_step
-        self._dispatch()
-
-    async def acquire(self, num_rollouts: int) -> str:
-        """Wait for an engine with ``num_rollouts`` free slots and a version new enough; take the slots.
+    async def acquire(self, num_rollouts: int, min_step: int = 0) -> str:
+        """Wait for an engine with ``num_rollouts`` free slots that serves ``min_step`` or later; take the slots.
 
         Raises FleetLost when no engine is left.
         """
@@ -62,7 +63,7 @@ class Roster:
         if num_rollouts > self._slots:
             raise ValueError(f"{num_rollouts} rollouts at once do not fit an engine of {self._slots} slots")
         place: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._waiting.append((num_rollouts, place))
+        self._waiting.append(_Waiting(num_rollouts, min_step, place))
         self._dispatch()
         try:
             return await place
@@ -92,7 +93,7 @@ class Roster:
         self._engines.pop(name, None)
         if not self._engines:
             while self._waiting:
-                _, place = self._waiting.popleft()
+                place = self._waiting.popleft().place
                 if not place.done():
                     place.set_exception(FleetLost("no rollout engine is left"))
         self._notify()
@@ -126,19 +127,19 @@ class Roster:
 
     def _dispatch(self) -> None:
         while self._waiting:
-            num_rollouts, place = self._waiting[0]
-            if place.done():
+            first = self._waiting[0]
+            if first.place.done():
                 self._waiting.popleft()
                 continue
-            name = choose_engine(self._loads(), min_step=self._min_step, num_rollouts=num_rollouts)
+            name = choose_engine(self._loads(), min_step=first.min_step, num_rollouts=first.num_rollouts)
             if name is None:
                 return
             self._waiting.popleft()
             engine = self._engines[name]
-            engine.running += num_rollouts
+            engine.running += first.num_rollouts
             if engine.busy_since is None:
                 engine.busy_since = self._clock.now()
-            place.set_result(name)
+            first.place.set_result(name)
 
     def _loads(self) -> list[EngineLoad]:
         return [

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from rlsys.buffer.replay import ReplayBuffer
-from rlsys.buffer.staleness import drop_stale, first_trained_step, lead_limit, may_start
+from rlsys.buffer.staleness import drop_stale, first_trained_step, lead_limit, may_start, min_engine_step
 from rlsys.errors import RlsysError
 from rlsys.records import DropCause, Version
 from tests.builders import make_group, make_rollout
@@ -122,3 +122,31 @@ def test_a_rollout_without_a_token_to_train_has_no_age():
 
     with pytest.raises(ValueError, match="no token to train"):
         oldest_step(make_rollout("r", []))
+
+
+def test_a_group_starts_only_where_it_will_still_be_young_when_its_turn_comes():
+    def oldest_version(groups_trained, groups_standing, max_staleness):
+        return min_engine_step(
+            groups_trained=groups_trained,
+            groups_standing=groups_standing,
+            prompts_per_batch=4,
+            max_staleness=max_staleness,
+        )
+
+    # step 5 is being trained from 4 leased groups; the group behind them is trained at step 6, so at staleness 1 from 5
+    assert oldest_version(20, 3, 1) == 4
+    assert oldest_version(20, 4, 1) == 5
+    # synchronous: a submission is possible only with an empty pipeline, and needs the newest version
+    assert oldest_version(20, 0, 0) == 5
+    assert oldest_version(0, 0, 3) == 0
+
+
+def test_what_the_oldest_policy_sampled_is_trained_first_however_late_it_arrived():
+    async def scenario():
+        buffer = new_buffer(max_staleness=3)
+        for index, step in enumerate([2, 1, 2, 1]):
+            await buffer.put(make_group(index, [[step], [2]]))
+        take = await buffer.take(3, step=2, wait_s=1.0)
+        assert [group.prompt.draw.index for group in take.lease.groups] == [1, 3, 0]
+
+    asyncio.run(scenario())

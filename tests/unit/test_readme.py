@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from rlsys.config.checks import check_config
 from rlsys.config.load import load_config
 from rlsys.config.presets import resolve
 from rlsys.config.schema import Row
+from rlsys.plan.preflight import preflight
 from rlsys.prompts.tasks import make_task
 
 README = Path(__file__).parents[2] / "README.md"
@@ -25,9 +25,9 @@ def test_the_first_run_of_your_own_passes_the_checks(tmp_path, monkeypatch):
     Path("my_run.yaml").write_text(blocks["yaml"])
     assert yaml.safe_load(blocks["yaml"])["model"]["path"].startswith("path/to/")
 
-    facts = check_config(resolve(load_config("my_run.yaml", ["model.path=tiny"])))
+    found = preflight(resolve(load_config("my_run.yaml", ["model.path=tiny"]))).found
 
-    assert any("200 questions to train on, 100 held out" in fact for fact in facts)
+    assert (found.source.num_train, found.source.num_eval) == (200, 100)
 
 
 def test_the_generated_tasks_it_names_exist():

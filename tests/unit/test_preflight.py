@@ -5,11 +5,16 @@ from functools import partial
 
 import pytest
 
-from rlsys.config import checks, facts, references
+from rlsys.config import checks
 from rlsys.config.load import apply_overrides, dump_config
 from rlsys.config.presets import resolve
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
+from rlsys.plan import facts, references
+from rlsys.plan.preflight import preflight
+from rlsys.prompts.question import Question
+from rlsys.prompts.source import LoadedData, PromptSource
+from rlsys.prompts.split import Split
 
 
 def config_of(*overrides: str) -> Config:
@@ -203,7 +208,7 @@ def model(tmp_path):
 def test_a_model_folder_gives_its_config(model):
     config, _ = model
     assert references.check_model_folder(config)["max_position_embeddings"] == 128
-    assert references.check_model_folder(config_of()) == {}  # the embedded model
+    assert references.check_model_folder(config_of())["max_position_embeddings"] == 2048  # the embedded model
 
 
 @pytest.mark.parametrize(
@@ -276,8 +281,15 @@ def test_the_lead_bound_is_eta_plus_one_batches():
 
 
 def found_of(config: Config) -> facts.Found:
-    rows = references.check_rows(config)
-    return facts.Found(rows=rows, num_train=160, num_eval=10, longest_prompt_tokens=6, reward="exact match")
+    questions = tuple(Question(content=str(number), answer=None, fields={}) for number in range(170))
+    data = LoadedData(name="test", split=Split(train=questions[:160], held_out=questions[160:]))
+    return facts.Found(
+        rows=references.check_rows(config),
+        source=PromptSource(data, seed=0, max_requeues=0),
+        longest_prompt_tokens=6,
+        pad_token_id=0,
+        reward="exact match",
+    )
 
 
 def test_the_objective_is_told_in_words():
@@ -309,8 +321,7 @@ def files(tmp_path, monkeypatch):
 
 
 def test_check_reads_questions_and_reward_and_tells_what_it_found(files, tmp_path):
-    lines = checks.check_config(config_of(*files, "rollout.max_tokens=8"))
-    text = "\n".join(lines)
+    text = "\n".join(preflight(config_of(*files, "rollout.max_tokens=8")).sentences)
     assert "20 questions to train on, 10 held out" in text
     assert f"{tmp_path}/mine.py:reward" in text
     # six characters of text, one token each, between the user's and the assistant's mark
@@ -332,11 +343,11 @@ def test_check_reads_questions_and_reward_and_tells_what_it_found(files, tmp_pat
     ],
 )
 def test_what_a_config_points_at_wrongly_is_refused(files, override, what):
-    error = refused(checks.check_config, config_of(*files, "rollout.max_tokens=8", override))
+    error = refused(preflight, config_of(*files, "rollout.max_tokens=8", override))
     assert what in str(error)
 
 
 def test_a_reward_that_wants_a_column_the_data_has_not_is_refused(files, tmp_path):
     (tmp_path / "other.py").write_text("def reward(prompt, completion, answer, levle):\n    return 1.0\n")
-    error = refused(checks.check_config, config_of(*files, "reward.path=other.py:reward"))
+    error = refused(preflight, config_of(*files, "reward.path=other.py:reward"))
     assert "levle" in str(error) and "level" in error.remedy

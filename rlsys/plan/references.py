@@ -1,8 +1,4 @@
-"""Looking at what a config points at: the algorithm's tables, the model's folder, the data, the reward function.
-
-This is the one module of ``config`` that looks up to the packages above it, and only inside functions: a config that
-cannot work has to fail before an actor starts (law 9), and only those packages know what their names mean.
-"""
+"""Looking at what a config points at: the algorithm's tables, the model's folder, the data, the reward function."""
 
 from __future__ import annotations
 
@@ -16,11 +12,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlsys.config.facts import Found, in_words
+import torch
+
+from rlsys.algo.advantages import ADVANTAGES
+from rlsys.algo.corrections import CORRECTIONS
+from rlsys.algo.losses import POLICY_LOSSES
 from rlsys.config.load import TINY
 from rlsys.config.schema import Config, Row
 from rlsys.errors import ConfigError
+from rlsys.plan.facts import Found, in_words
+from rlsys.prompts.source import PromptSource, default_reward_path, load_questions
 from rlsys.records import Message
+from rlsys.reward.load import check_reward, load_reward
+from rlsys.rollout.play import opening_tokens
+from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS
+from rlsys.tiny.model import MAX_POSITIONS, make_tokenizer
+from rlsys.train.deepspeed_config import deepspeed_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
@@ -32,23 +39,23 @@ def check_references(config: Config) -> Found:
     Raises:
         ConfigError: the first thing found that cannot work.
     """
-    from rlsys.prompts.source import load_questions
-
     check_vllm_options(config)
     check_deepspeed_options(config)
     model = check_model_folder(config)
     check_gpus(config)
     rows = check_rows(config)
-    split = load_questions(config.data).split
-    reward = check_reward_function(config, split.train[0].fields)
-    contents = [question.content for question in (*split.train, *split.held_out)]
-    longest = longest_prompt_tokens(load_tokenizer(config), contents)
+    data = load_questions(config.data)
+    reward = check_reward_function(config, data.split.train[0].fields)
+    tokenizer = load_tokenizer(config)
+    contents = [question.content for question in (*data.split.train, *data.split.held_out)]
+    longest = longest_prompt_tokens(tokenizer, contents)
     check_token_budget(config, longest, model.get("max_position_embeddings"))
     return Found(
         rows=rows,
-        num_train=len(split.train),
-        num_eval=len(split.held_out),
+        source=PromptSource(data, seed=config.run.seed, max_requeues=config.data.max_requeues),
         longest_prompt_tokens=longest,
+        # padding carries no weight, so that any token will do
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         reward=reward,
     )
 
@@ -62,9 +69,6 @@ def check_reward_function(config: Config, fields: Mapping[str, Any]) -> str:
     Returns:
         Its import path.
     """
-    from rlsys.prompts.source import default_reward_path
-    from rlsys.reward.load import check_reward, load_reward
-
     path = config.reward.path or default_reward_path(config.data)
     check_reward(load_reward(path), fields)
     return path
@@ -78,11 +82,6 @@ def check_rows(config: Config) -> dict[str, str]:
     Returns:
         Each row in words, defaults included.
     """
-    import torch
-
-    from rlsys.algo.advantages import ADVANTAGES
-    from rlsys.algo.corrections import CORRECTIONS
-    from rlsys.algo.losses import POLICY_LOSSES
 
     logprobs_T = torch.tensor([-0.1, -0.2, -0.3])
     mask_T = torch.tensor([True, True, False])
@@ -137,8 +136,6 @@ def check_row(key: str, row: Row, table: Mapping[str, Callable[..., Any]], tried
 
 def check_vllm_options(config: Config) -> None:
     """The names in ``rollout.vllm`` are arguments of vLLM's engine, and none that rlsys sets itself."""
-    from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS
-
     known = _vllm_arguments()
     for name, value in config.rollout.vllm.items():
         if name in OWNED_ARGUMENTS:
@@ -158,8 +155,6 @@ def check_vllm_options(config: Config) -> None:
 
 
 def check_deepspeed_options(config: Config) -> None:
-    from rlsys.train.deepspeed_config import deepspeed_config
-
     deepspeed_config(config.train, device="cuda" if config.train.gpus_per_rank > 0 else "cpu")
 
 
@@ -175,8 +170,6 @@ def check_gpus(config: Config) -> None:
     ]
     if not asked or config.ray.address or os.environ.get("RAY_ADDRESS"):
         return
-    import torch
-
     if not torch.cuda.is_available():
         raise ConfigError(
             asked[0],
@@ -190,10 +183,10 @@ def check_model_folder(config: Config) -> dict[str, Any]:
     """The folder holds a causal LM that transformers knows, with weights and tokenizer.
 
     Returns:
-        Its ``config.json``; empty for the embedded model, which is made at first use.
+        Its ``config.json``; for the embedded model, which is made at first use, what is known of it.
     """
     if config.model.path == TINY:
-        return {}
+        return {"max_position_embeddings": MAX_POSITIONS}
     folder = Path(config.model.path)
     if not folder.is_dir():
         raise ConfigError(
@@ -232,8 +225,6 @@ def check_model_folder(config: Config) -> dict[str, Any]:
 
 def load_tokenizer(config: Config) -> Any:
     if config.model.path == TINY:
-        from rlsys.tiny.model import make_tokenizer
-
         return make_tokenizer()
     from transformers import AutoTokenizer
 
@@ -254,8 +245,6 @@ def longest_prompt_tokens(tokenizer: Any, contents: Sequence[str | tuple[Message
     A token stands for at least one byte, so prompts of fewer bytes (plus the template) than the longest one found
     has tokens are passed over.
     """
-    from rlsys.rollout.play import opening_tokens
-
     template = len(opening_tokens(tokenizer, " "))
     longest = 0
     for most, content in sorted(((_most_tokens(c, template), c) for c in contents), key=lambda pair: -pair[0]):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlsys.buffer.staleness import lead_limit
 from rlsys.config.schema import Config, Row
+from rlsys.prompts.source import PromptSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,25 +15,22 @@ class Found:
 
     Attributes:
         rows: table rows with every parameter written out, e.g. ``{"correction": "tis(cap=2.0)"}``.
-        num_train, num_eval: questions to train on and held-out questions.
+        source: the questions.
         longest_prompt_tokens: of all questions, as the rollout engines get them (chat template included).
+        pad_token_id: fills what is empty in a microbatch.
         reward: import path of the reward function.
     """
 
     rows: dict[str, str]
-    num_train: int
-    num_eval: int
+    source: PromptSource
     longest_prompt_tokens: int
+    pad_token_id: int
     reward: str
 
 
-def rollouts_per_batch(config: Config) -> int:
-    return config.train.prompts_per_batch * config.rollout.group_size
-
-
 def lead_bound(config: Config) -> int:
-    """Most rollouts that may stand between their admission and the commit of their batch: (eta + 1) batches."""
-    return (config.rollout.max_staleness + 1) * rollouts_per_batch(config)
+    """Most rollouts that may stand between their admission and the commit of their batch."""
+    return lead_limit(max_staleness=config.rollout.max_staleness, batch_rollouts=config.rollouts_per_batch)
 
 
 def of_run(config: Config) -> list[str]:
@@ -49,9 +48,9 @@ def of_run(config: Config) -> list[str]:
 def of_references(config: Config, found: Found) -> list[str]:
     """Sentences about what the config points at."""
     sequence = found.longest_prompt_tokens + config.rollout.max_tokens
-    batches_an_epoch = found.num_train / config.train.prompts_per_batch
+    batches_an_epoch = found.source.num_train / config.train.prompts_per_batch
     return [
-        f"data: {found.num_train:,} questions to train on, {found.num_eval:,} held out; one epoch is "
+        f"data: {found.source.num_train:,} questions to train on, {found.source.num_eval:,} held out; one epoch is "
         f"{batches_an_epoch:,.1f} batches, the run draws {config.run.steps / batches_an_epoch:.2f} epochs",
         f"reward: {found.reward}",
         f"sequences: at most {found.longest_prompt_tokens} prompt + {config.rollout.max_tokens} sampled = {sequence} "
@@ -67,7 +66,7 @@ def in_words(row: Row) -> str:
 
 
 def _batches(config: Config) -> str:
-    batch = rollouts_per_batch(config)
+    batch = config.rollouts_per_batch
     return (
         f"a batch: {config.train.prompts_per_batch} questions x {config.rollout.group_size} rollouts = {batch:,} "
         f"rollouts; {config.run.steps} batches: {batch * config.run.steps:,} rollouts trained"
@@ -76,7 +75,7 @@ def _batches(config: Config) -> str:
 
 def _staleness(config: Config) -> str:
     eta = config.rollout.max_staleness
-    lead = f"lead: at most ({eta} + 1) x {rollouts_per_batch(config):,} = {lead_bound(config):,} rollouts on their way"
+    lead = f"lead: at most ({eta} + 1) x {config.rollouts_per_batch:,} = {lead_bound(config):,} rollouts on their way"
     if eta == 0:
         return f"{lead}; synchronous: every token is sampled by the policy that it trains"
     old = (

@@ -1,0 +1,26 @@
+"""What a run is built from, beside its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlsys.controller.parts import Source
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What a configuration points at, found and checked before any actor starts.
+
+    Attributes:
+        model_path: local Hugging Face folder.
+        longest_prompt: tokens, over training and held-out questions.
+        pad_token_id: fills rows of a microbatch; carries no weight.
+        reward_path: import path of the reward function.
+        source: the questions.
+    """
+
+    model_path: str
+    longest_prompt: int
+    pad_token_id: int
+    reward_path: str
+    source: Source

@@ -1,0 +1,55 @@
+"""Everything that can be known of a run before an actor starts: what cannot work is refused here (law 9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlsys.actors.inputs import Inputs
+from rlsys.config.checks import check_sections
+from rlsys.config.load import TINY
+from rlsys.config.schema import Config
+from rlsys.plan import facts
+from rlsys.plan.facts import Found
+from rlsys.plan.references import check_references
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preflight:
+    """A config that can work.
+
+    Attributes:
+        found: what it points at.
+        sentences: what follows from it, for the person who reads `rlsys check`.
+    """
+
+    found: Found
+    sentences: list[str]
+
+
+def preflight(config: Config) -> Preflight:
+    """Check a resolved config as a whole, and everything it points at. Starts nothing, writes nothing.
+
+    Raises:
+        ConfigError: the first thing found that cannot work.
+    """
+    check_sections(config)
+    found = check_references(config)
+    return Preflight(found=found, sentences=facts.of_run(config) + facts.of_references(config, found))
+
+
+def run_inputs(config: Config, found: Found) -> Inputs:
+    """What the actors are built from. The embedded model is made here at its first use (under a minute or two)."""
+    return Inputs(
+        model_path=config.model.path if config.model.path != TINY else str(_embedded_model()),
+        longest_prompt=found.longest_prompt_tokens,
+        pad_token_id=found.pad_token_id,
+        reward_path=found.reward,
+        source=found.source,
+    )
+
+
+def _embedded_model() -> Path:
+    from rlsys.tiny import tiny_model_path
+
+    return tiny_model_path(None)
