@@ -80,7 +80,6 @@ class DropCause(Enum):
     """Why a rollout left without being trained."""
 
     TOO_STALE = "too_stale"  # older than rollout.max_staleness when it was to be trained
-    LOST_LINEAGE = "lost_lineage"  # sampled by a version that a recovery threw away
     ENGINE_LOST = "engine_lost"  # its engine died, hung or failed a weight probe
     ENGINE_REFUSED = "engine_refused"  # the engine refused the request (for example a prompt beyond its context)
     EMPTY = "empty"  # it holds no sampled token
@@ -88,7 +87,6 @@ class DropCause(Enum):
     REWARD_TIMEOUT = "reward_timeout"  # the reward function passed its deadline
     REWARD_CRASH = "reward_crash"  # the process of the reward function died
     GROUP_TOO_SMALL = "group_too_small"  # fewer than two rollouts of its group were left
-    RUN_ENDED = "run_ended"  # the run ended while it was still on its way
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import ray
 
 from rlsys.actors.remote import answer
@@ -75,7 +76,7 @@ class RayLearner:
 
     def __init__(self, actors: Sequence[Any], version: Version) -> None:
         self._actors = list(actors)
-        self._version = version
+        self._version = self._last_good = version
         self._probe: Probe | None = None
 
     async def start(self, seed: int) -> None:
@@ -94,6 +95,9 @@ class RayLearner:
 
     async def export(self, segment: str, version: Version) -> WeightVersion:
         entries, probe = (await self._all("export", [actor.export.remote(segment) for actor in self._actors]))[0]
+        if not all(np.isfinite(logprobs).all() for logprobs in probe.logprobs):
+            raise Diverged("the log-probability of a fixed sequence", version.step, str(self._last_good))
+        self._last_good = version
         previous, self._probe = self._probe, probe
         return WeightVersion(version=version, segment=segment, tensors=entries, probe=probe, previous_probe=previous)
 

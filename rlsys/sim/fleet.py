@@ -8,8 +8,8 @@ from dataclasses import replace
 from rlsys.controller.parts import Clock, PlaySpec
 from rlsys.envs.single_turn import SingleTurn
 from rlsys.records import Draw, LoadReport, Probe, Prompt, RolloutGroup, StepReport, Version, WeightVersion
+from rlsys.rollout.engine import Engine
 from rlsys.rollout.play import play_group
-from rlsys.rollout.sim_engine import SimEngine
 
 VOCAB_SIZE = 128  # the characters of ASCII
 
@@ -30,7 +30,7 @@ class CharTokenizer:
 class SimFleet:
     """Engines in this process."""
 
-    def __init__(self, engines: Mapping[str, SimEngine], clock: Clock) -> None:
+    def __init__(self, engines: Mapping[str, Engine], clock: Clock) -> None:
         self.engines = dict(engines)
         self._clock = clock
         self._tokenizer = CharTokenizer()

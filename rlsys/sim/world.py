@@ -90,7 +90,8 @@ def simulate(world: World, disturb: Callable[[Loops, SimFleet], None] = lambda l
     async def main() -> SimReport:
         sink = RecordingSink()
         version = Version(incarnation=0, step=0)
-        fleet = SimFleet({f"rollout-{index}": _engine(world, index, clock) for index in range(world.replicas)}, clock)
+        engines = [_engine(world, index, clock) for index in range(world.replicas)]
+        fleet = SimFleet({f"rollout-{index}": engine for index, engine in enumerate(engines)}, clock)
         learner = SimLearner(clock, version, step_s=world.step_s, export_s=world.export_s)
         parts = Parts(
             source=SimSource(world.num_eval),
@@ -106,7 +107,7 @@ def simulate(world: World, disturb: Callable[[Loops, SimFleet], None] = lambda l
         loops = Loops(parts, _plan(world), version)
         disturb(loops, fleet)
         crashes = [
-            asyncio.get_running_loop().call_later(moment_s, fleet.engines[f"rollout-{index}"].crash)
+            asyncio.get_running_loop().call_later(moment_s, engines[index].crash)
             for index, moment_s in world.crashes.items()
         ]
         try:

@@ -8,6 +8,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 
 VOCAB_SIZE = 128
 MAX_POSITIONS = 2048
+INITIAL_SPREAD = (
+    0.06  # standard deviation of the first weights; the usual 0.02 is meant for wider models, and learns half as fast
+)
 PAD, EOS, UNKNOWN, USER, ASSISTANT, SYSTEM = "<pad>", "<eos>", "<unk>", "<user>", "<assistant>", "<system>"
 SPECIAL_TOKENS = (PAD, EOS, UNKNOWN, USER, ASSISTANT, SYSTEM)
 CHAT_TEMPLATE = (
@@ -42,7 +45,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """A Qwen2 of 0.9 million float32 parameters with a tied head. Draws on torch's global random state."""
+    """A Qwen2 of 0.8 million float32 parameters with a tied head. Draws on torch's global random state."""
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
@@ -51,6 +54,7 @@ def make_random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=MAX_POSITIONS,
+        initializer_range=INITIAL_SPREAD,
         tie_word_embeddings=True,
         use_sliding_window=False,
         bos_token_id=None,

@@ -43,9 +43,13 @@ class OwnForwardEngine:
     """Samples by the learner's own forward: the weights it serves are the learner's, whatever is published."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._model, self.version = model, None
+        self._model = model
+        self.version: Version | None = None
+
+    async def start(self) -> None: ...
 
     async def generate(self, request) -> Turn:
+        assert self.version is not None
         token_ids, logprobs = reference.sample(self._model, request.token_ids, request.max_tokens, request.seed)
         return Turn(
             token_ids_T=np.array(token_ids, dtype=np.int32),
@@ -63,7 +67,8 @@ class OwnForwardEngine:
 
 class OwnLearner:
     def __init__(self, rank: LearnerRank) -> None:
-        self._rank, self.losses = rank, []
+        self._rank = rank
+        self.losses: list[float] = []
 
     async def step(self, batch) -> StepReport:
         share = batch.for_rank(0)
@@ -74,6 +79,8 @@ class OwnLearner:
     async def export(self, segment: str, version: Version) -> WeightVersion:
         nothing = Probe(token_ids=(), logprobs=())
         return WeightVersion(version=version, segment=segment, tensors=(), probe=nothing, previous_probe=None)
+
+    async def save(self, folder: str) -> None: ...
 
 
 class FixedSource:

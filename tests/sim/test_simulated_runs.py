@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from rlsys.buffer.staleness import staleness_of
-from rlsys.errors import FleetLost, LawBroken
+from rlsys.errors import Diverged, FleetLost, LawBroken, TooManyDrops, WaitTimeout
 from rlsys.records import DropCause
 from rlsys.sim.world import SimReport, World, simulate
 
@@ -114,3 +115,47 @@ def test_the_same_world_gives_the_same_run():
     first, second = simulate(World(crashes={1: 3.0})), simulate(World(crashes={1: 3.0}))
     assert first.sink.steps == second.sink.steps
     assert first.virtual_s == second.virtual_s
+
+
+def test_a_learner_that_diverges_ends_the_run_with_that_very_error():
+    def diverge(loops, fleet):
+        async def step(batch):
+            raise Diverged("the loss", 1, "0.0")
+
+        loops.parts.learner.step = step
+
+    with pytest.raises(Diverged, match="the loss is not finite at step 1"):
+        simulate(World(), diverge)
+
+
+def test_a_learner_that_hangs_is_named():
+    def hang(loops, fleet):
+        async def step(batch):
+            await asyncio.Event().wait()
+
+        loops.parts.learner.step = step
+
+    with pytest.raises(WaitTimeout, match="the learner to train step 0"):
+        simulate(World(), hang)
+
+
+def test_a_reward_that_is_never_given_stops_the_run():
+    def give_nothing(loops, fleet):
+        async def score(group):
+            return group.drop({rollout.rollout_id: DropCause.REWARD_ERROR for rollout in group.rollouts}, "broken")
+
+        loops.parts.scorer.score = score
+
+    with pytest.raises(TooManyDrops, match="reward_error broken"):
+        simulate(World(), give_nothing)
+
+
+def test_a_segment_that_is_read_for_long_puts_publication_off_and_nothing_else():
+    def read_slowly(loops, fleet):
+        fleet.engines["rollout-1"]._pause_s = 4.0  # a swap takes as long as several training steps
+
+    world = World(max_staleness=3, steps=10, step_s=0.5)
+    report = simulate(world, read_slowly)
+    check_laws(report, world)
+    assert report.summary["weights/put_off"] > 0
+    assert report.loops.roster.step_of("rollout-0") == world.steps
