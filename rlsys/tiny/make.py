@@ -21,7 +21,7 @@ from rlsys.prompts import question, split, tasks
 from rlsys.tiny import model as model_file
 from rlsys.tiny import warmup as warmup_file
 from rlsys.tiny.model import make_random_model, make_tokenizer
-from rlsys.tiny.warmup import Progress, Recipe, warm_up
+from rlsys.tiny.warmup import Progress, Recipe, lesson_questions, render_lessons, warm_up
 
 TIED_HEAD = "lm_head.weight"  # the embedding itself: not written a second time
 BAND = (1 / 3, 1 / 2)  # accuracy that leaves reinforcement learning something to build on, and something to learn
@@ -123,10 +123,11 @@ def recipe_hash(seed: int) -> str:
 def _warmed_up(
     tokenizer: PreTrainedTokenizerFast, seed: int, task: str, recipe: Recipe, progress: Progress | None
 ) -> tuple[Qwen2ForCausalLM, int, float]:
+    lessons, exam = (render_lessons(tokenizer, questions) for questions in lesson_questions(task))
     accuracies: list[float] = []
     for _ in range(ATTEMPTS):
         model = make_random_model(tokenizer)
-        steps, accuracy = warm_up(model, tokenizer, task=task, seed=seed, recipe=recipe, progress=progress)
+        steps, accuracy = warm_up(model, lessons, exam, seed=seed, recipe=recipe, progress=progress)
         if BAND[0] <= accuracy <= BAND[1]:
             return model, steps, accuracy
         accuracies.append(accuracy)
@@ -158,7 +159,7 @@ def _rename_unless_there(unfinished: Path, folder: Path) -> None:
 
 @contextmanager
 def _one_seeded_thread(seed: int) -> Iterator[None]:
-    """One thread, so that numbers are always added up in the same order, and a seeded CPU generator; both given back."""
+    """One thread, so that numbers are added up in one order, and a seeded CPU generator; both given back at the end."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -79,20 +79,19 @@ class Lessons:
 
 def warm_up(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    lessons: Lessons,
+    exam: Lessons,
     *,
-    task: str,
     seed: int,
     recipe: Recipe,
     progress: Progress | None = None,
 ) -> tuple[int, float]:
-    """Train ``model`` in place. Draws on no global random state.
+    """Train ``model`` in place on ``lessons``, up to where it passes ``exam`` as well as ``recipe`` says. Draws on no
+    global random state.
 
     Returns:
-        Steps taken, and the share of greedy answers that are right, on questions that were not trained on.
+        Steps taken, and the share of greedy answers of the exam that are right.
     """
-    train, held_back = lesson_questions(task)
-    lessons, exam = render_lessons(tokenizer, train), render_lessons(tokenizer, held_back)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)
     settling_since: int | None = None
@@ -100,7 +99,7 @@ def warm_up(
     for step in range(1, recipe.max_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step, settling_since)
-        loss = lesson_loss(model, _draw(lessons, recipe, generator))
+        loss = lesson_loss(model, draw_lessons(lessons, recipe, generator))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
@@ -131,16 +130,11 @@ def lesson_questions(task: str) -> tuple[tuple[Question, ...], tuple[Question, .
 
 def render_lessons(tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]) -> Lessons:
     """Token ids as a rollout has them (chat template, then the answer and end of sequence)."""
-    prompts_N = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question.content}], add_generation_prompt=True, return_dict=False
-        )
-        for question in questions
-    ]
-    answers_N = [
-        [*tokenizer(question.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        for question in questions
-    ]
+    conversations_N = [[{"role": "user", "content": question.content}] for question in questions]
+    rendered_N = tokenizer.apply_chat_template(conversations_N, add_generation_prompt=True, tokenize=False)
+    prompts_N = tokenizer(rendered_N, add_special_tokens=False)["input_ids"]
+    written_N = tokenizer([question.answer for question in questions], add_special_tokens=False)["input_ids"]
+    answers_N = [[*answer, tokenizer.eos_token_id] for answer in written_N]
     shortest = min(len(answer) for answer in answers_N) - 1  # without the end of sequence
     longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts_N, answers_N, strict=True))
     token_ids_NT = torch.full((len(questions), longest), tokenizer.pad_token_id)
@@ -181,7 +175,7 @@ def learning_rate(recipe: Recipe, step: int, settling_since: int | None) -> floa
     return recipe.lr * rising * max(0.0, 1 - (step - settling_since) / recipe.settle_steps)
 
 
-def _draw(lessons: Lessons, recipe: Recipe, generator: torch.Generator) -> Lessons:
+def draw_lessons(lessons: Lessons, recipe: Recipe, generator: torch.Generator) -> Lessons:
     """A batch of lessons, drawn with replacement, the ends of most longer answers hidden from the loss."""
     num_questions = len(lessons.token_ids_NT)
     chosen_B = torch.randint(num_questions, (recipe.batch_size,), generator=generator)
