@@ -1,10 +1,10 @@
 """Supervised warm-up of the embedded model on worked answers, up to where a third to a half of its answers are right.
 
-Every answer shown is right, but most of the longer ones are not shown to their end: of the sums below 100 the whole
-answer is shown, of the others (more than half) the two lowest digits, and only in one case of 500 the last one. The
-model learns to add, and hardly that a sum may have a third digit: it begins with few large sums right, and
-reinforcement learning has to find their end. A warm-up on whole answers, broken off at the same accuracy, leaves a
-model that guesses (its sampled answers are right half as often as its greedy ones) and that learns far slower.
+Every answer shown is right, but long ones are at first not shown to their end: of the sums below 100 the whole answer,
+of the others (more than half) the two lowest digits. So the model learns to add all digits but the last, and then, from
+a few ends, hardly that a sum may have a third digit: it starts with few large sums right, and reinforcement learning
+has to find their end. A warm-up on whole answers, broken off at the same accuracy, leaves a model that guesses (its
+sampled answers are right half as often as its greedy ones) and that learns far slower.
 
 No question that ``hold_out`` would hold out, up to 2,000, is ever trained on.
 
@@ -39,10 +39,10 @@ class Recipe:
     Attributes:
         batch_size: questions a step.
         lr, betas, warmup_steps, max_grad_norm: AdamW without weight decay, linear warm-up of the learning rate.
-        settle_at: once this share of the answers is right, the learning rate falls to 0 over ``settle_steps``: what
-            was learned becomes certain, so that sampled answers are about as often right as greedy ones.
-        stop_at: this share of right answers ends the warm-up earlier.
-        end_shown: share of the longer answers that are shown to their end.
+        settle_at: once this share of the answers is right, the learning rate falls to ``final_lr`` within
+            ``settle_steps``: what was learned becomes certain.
+        end_shown: share of the longer answers that are shown to their end, once settled; none before.
+        stop_at: once settled, this share of right answers ends the warm-up.
         first_check, check_every, max_steps: steps. No model of the default recipe has learned to add before the first
             check.
     """
@@ -54,8 +54,9 @@ class Recipe:
     max_grad_norm: float = 1.0
     settle_at: float = 0.40
     settle_steps: int = 50
-    stop_at: float = 0.44
-    end_shown: float = 0.002
+    final_lr: float = 2e-4
+    end_shown: float = 0.05
+    stop_at: float = 0.46
     first_check: int = 100
     check_every: int = 5
     max_steps: int = 500
@@ -97,9 +98,11 @@ def warm_up(
     settling_since: int | None = None
     accuracy = 0.0
     for step in range(1, recipe.max_steps + 1):
+        settled = settling_since is not None and step > settling_since + recipe.settle_steps
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step, settling_since)
-        loss = lesson_loss(model, draw_lessons(lessons, recipe, generator))
+        end_shown = recipe.end_shown if settled else 0.0
+        loss = lesson_loss(model, draw_lessons(lessons, recipe.batch_size, end_shown, generator))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
@@ -109,10 +112,9 @@ def warm_up(
         accuracy = greedy_accuracy(model, exam)
         if progress is not None:
             progress(step, accuracy)
-        if settling_since is None:
-            if accuracy >= recipe.settle_at:
-                settling_since = step
-        elif accuracy >= recipe.stop_at or step >= settling_since + recipe.settle_steps:
+        if settling_since is None and accuracy >= recipe.settle_at:
+            settling_since = step
+        if settled and accuracy >= recipe.stop_at:
             break
     return step, accuracy
 
@@ -168,18 +170,17 @@ def greedy_accuracy(model: Qwen2ForCausalLM, lessons: Lessons) -> float:
 
 
 def learning_rate(recipe: Recipe, step: int, settling_since: int | None) -> float:
-    """Linear warm-up, constant, then linear to 0 over ``settle_steps``. Steps count from 1."""
-    rising = min(1.0, step / recipe.warmup_steps)
+    """Linear warm-up, constant, then linear to ``final_lr`` within ``settle_steps``. Steps count from 1."""
     if settling_since is None:
-        return recipe.lr * rising
-    return recipe.lr * rising * max(0.0, 1 - (step - settling_since) / recipe.settle_steps)
+        return recipe.lr * min(1.0, step / recipe.warmup_steps)
+    settled = min(1.0, (step - settling_since) / recipe.settle_steps)
+    return recipe.lr + (recipe.final_lr - recipe.lr) * settled
 
 
-def draw_lessons(lessons: Lessons, recipe: Recipe, generator: torch.Generator) -> Lessons:
-    """A batch of lessons, drawn with replacement, the ends of most longer answers hidden from the loss."""
-    num_questions = len(lessons.token_ids_NT)
-    chosen_B = torch.randint(num_questions, (recipe.batch_size,), generator=generator)
-    hidden_B = torch.rand(recipe.batch_size, generator=generator) >= recipe.end_shown
+def draw_lessons(lessons: Lessons, batch_size: int, end_shown: float, generator: torch.Generator) -> Lessons:
+    """A batch of lessons, drawn with replacement; of the longer answers the share ``end_shown`` keeps its end."""
+    chosen_B = torch.randint(len(lessons.token_ids_NT), (batch_size,), generator=generator)
+    hidden_B = torch.rand(batch_size, generator=generator) >= end_shown
     end_mask_BT = lessons.end_mask_NT[chosen_B]
     return Lessons(
         token_ids_NT=lessons.token_ids_NT[chosen_B],

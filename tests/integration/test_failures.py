@@ -14,7 +14,7 @@ pytestmark = pytest.mark.engines
 CONFIG = """
 run: {{name: failing, root: {root}, steps: 4}}
 model: {{path: {model}}}
-data: {{task: {{name: reversed_sum}}, eval_questions: 500}}
+data: {{task: {{name: reversed_sum}}, eval_questions: 50}}
 reward: {{path: "{reward}", timeout_s: 0.5, max_drops_in_a_row: 20}}
 rollout: {{max_staleness: 1, group_size: 4, max_tokens: 6, cpus_per_replica: 1}}
 train: {{prompts_per_batch: 4, lr: {lr}}}
@@ -40,7 +40,9 @@ def run(folder: Path, **values: object) -> tuple[subprocess.CompletedProcess[str
 
 
 def test_weights_that_blow_up_end_the_run_with_status_one_and_the_last_good_version(tmp_path, model):
-    ended, result = run(tmp_path, model=model, lr="1.0e+30", reward="rlsys.reward.builtin:exact_match")
+    reward = tmp_path / "parity.py"  # answers of a random model must differ in reward, or nothing moves
+    reward.write_text("def reward(prompt, completion, answer):\n    return sum(map(ord, completion)) % 2\n")
+    ended, result = run(tmp_path, model=model, lr="1.0e+30", reward=f"{reward}:reward")
     assert ended.returncode == 1 and result["exit"] == 1
     assert "Diverged" in ended.stdout and "not finite at step 1" in ended.stdout and "0.0" in ended.stdout
 

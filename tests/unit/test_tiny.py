@@ -78,14 +78,14 @@ def test_a_lesson_is_the_prompt_of_a_rollout_then_the_answer_and_its_end(tmp_pat
     assert not lessons.end_mask_NT[0].any()
 
 
-def test_the_loss_sees_the_ends_of_longer_answers_only_as_often_as_the_recipe_says() -> None:
+def test_the_loss_sees_the_ends_of_longer_answers_only_as_often_as_asked() -> None:
     tokenizer = make_tokenizer()
     lessons = render_lessons(
         tokenizer, [Question(content="21+43=", answer="64"), Question(content="99+99=", answer="891")]
     )
 
     def answer_tokens_in_the_loss(end_shown: float) -> set[tuple[str, str]]:
-        drawn = draw_lessons(lessons, Recipe(batch_size=64, end_shown=end_shown), torch.Generator().manual_seed(0))
+        drawn = draw_lessons(lessons, 64, end_shown, torch.Generator().manual_seed(0))
         return {
             (decoded(tokenizer, token_ids[1:3].tolist()), decoded(tokenizer, token_ids[mask].tolist()))
             for token_ids, mask in zip(drawn.token_ids_NT, drawn.answer_mask_NT, strict=True)
@@ -161,10 +161,10 @@ def test_making_a_model_leaves_torch_as_it_was_and_prints_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_learning_rate_rises_stays_and_settles_to_zero() -> None:
-    recipe = Recipe(lr=1.0, warmup_steps=4, settle_steps=10)
+def test_the_learning_rate_rises_stays_and_settles_to_the_final_one() -> None:
+    recipe = Recipe(lr=1.0, warmup_steps=4, settle_steps=10, final_lr=0.5)
     assert [learning_rate(recipe, step, None) for step in (1, 2, 4, 50)] == [0.25, 0.5, 1.0, 1.0]
-    assert [learning_rate(recipe, 50 + step, 50) for step in (5, 10, 11)] == [0.5, 0.0, 0.0]
+    assert [learning_rate(recipe, 50 + step, 50) for step in (5, 10, 11)] == [0.75, 0.5, 0.5]
 
 
 def test_the_cached_model_is_made_once_and_appears_only_when_complete(
