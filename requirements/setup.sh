@@ -60,7 +60,7 @@ install_torch() {
     stop "torch $version, CPU build" \
         "no wheel labelled '+cpu' in ${TORCH_INDEX:-the indexes that pip is set to}; a CUDA build is not installed in its place" \
         "an index that holds $wanted" \
-        "make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu (or a mirror of it), or install the wheel into .venv yourself and run make setup again"
+        "name a package index that holds PyTorch's CPU wheels, make setup TORCH_INDEX=URL, or install the wheel into .venv yourself and run make setup again"
 }
 
 is_ready && exit 0

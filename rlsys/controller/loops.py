@@ -359,8 +359,7 @@ class Loops:
         async def ask(prompt: Prompt) -> RolloutGroup:
             try:
                 async with places:
-                    free = self.roster.acquire(spec.group_size)
-                    engine = await within(self.plan.stall_s, f"a free engine: {self.roster.describe()}", free)
+                    engine = await self.roster.acquire(spec.group_size)  # whoever holds slots has a deadline
                     group = await self._play(engine, prompt, spec)
                 return await self._score(group) if group.rollouts else group
             except EngineLost as error:

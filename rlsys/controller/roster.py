@@ -126,20 +126,31 @@ class Roster:
         self._dispatch()
 
     def _dispatch(self) -> None:
+        """Hand out slots in order. Who waits for a newer version lets others pass; who waits for slots does not, or
+        small requests would starve large ones."""
+        still_waiting: deque[_Waiting] = deque()
         while self._waiting:
-            first = self._waiting[0]
-            if first.place.done():
-                self._waiting.popleft()
+            request = self._waiting.popleft()
+            if request.place.done():
                 continue
-            name = choose_engine(self._loads(), min_step=first.min_step, num_rollouts=first.num_rollouts)
+            if not any(
+                engine.step is not None and engine.step >= request.min_step for engine in self._engines.values()
+            ):
+                still_waiting.append(request)
+                continue
+            name = choose_engine(self._loads(), min_step=request.min_step, num_rollouts=request.num_rollouts)
             if name is None:
-                return
-            self._waiting.popleft()
-            engine = self._engines[name]
-            engine.running += first.num_rollouts
-            if engine.busy_since is None:
-                engine.busy_since = self._clock.now()
-            first.place.set_result(name)
+                still_waiting.append(request)
+                break
+            self._start(name, request)
+        self._waiting.extendleft(reversed(still_waiting))
+
+    def _start(self, name: str, request: _Waiting) -> None:
+        engine = self._engines[name]
+        engine.running += request.num_rollouts
+        if engine.busy_since is None:
+            engine.busy_since = self._clock.now()
+        request.place.set_result(name)
 
     def _loads(self) -> list[EngineLoad]:
         return [

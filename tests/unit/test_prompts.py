@@ -69,7 +69,8 @@ def test_a_restored_source_goes_on_exactly_as_the_one_it_was_taken_from(
             return drawn[-1]
         return source.requeue(drawn.pop(-1 if what == "lose newest" else 0))
 
-    source, drawn = source_of(num_questions), []
+    source = source_of(num_questions)
+    drawn: list[Any] = []
     for what in acts[:cut]:
         act(source, drawn, what)
     restored, drawn_too = source_of(num_questions), list(drawn)
