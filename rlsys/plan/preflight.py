@@ -12,6 +12,7 @@ from rlsys.config.schema import Config
 from rlsys.plan import facts
 from rlsys.plan.facts import Found
 from rlsys.plan.references import check_references
+from rlsys.tiny import tiny_model_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +40,7 @@ def preflight(config: Config) -> Preflight:
 
 
 def run_inputs(config: Config, found: Found) -> Inputs:
-    """What the actors are built from. The embedded model is made here at its first use (under a minute or two)."""
+    """What the actors are built from. The embedded model is made here at its first use, which takes about a minute."""
     return Inputs(
         model_path=config.model.path if config.model.path != TINY else str(_embedded_model()),
         longest_prompt=found.longest_prompt_tokens,
@@ -50,6 +51,12 @@ def run_inputs(config: Config, found: Found) -> Inputs:
 
 
 def _embedded_model() -> Path:
-    from rlsys.tiny import tiny_model_path
+    is_new = True
 
-    return tiny_model_path(None)
+    def tell(step: int, accuracy: float) -> None:
+        nonlocal is_new
+        if is_new:
+            print("making the embedded model (once; about a minute)", flush=True)
+        is_new = False
+
+    return tiny_model_path(progress=tell)

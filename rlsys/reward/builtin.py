@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,15 +17,24 @@ def exact_match(prompt: Any, completion: str, answer: Any, **fields: Any) -> flo
 
 
 def reasoning_gym_score(
-    prompt: Any, completion: str, answer: Any, *, rg_dataset: str, rg_entry: Mapping[str, Any], **fields: Any
+    prompt: Any,
+    completion: str,
+    answer: Any,
+    *,
+    rg_dataset: str,
+    rg_entry: Mapping[str, Any],
+    rg_config: Mapping[str, Any],
+    **fields: Any,
 ) -> float:
     """The reasoning-gym dataset's own score of the answer, 0.0 to 1.0 (some give partial credit).
 
     Args:
         rg_dataset: name of the dataset.
         rg_entry: the dataset's entry that was asked (question, answer, metadata).
+        rg_config: the keywords it was made with; some scorers read limits there.
     """
-    return float(_scorer(rg_dataset)(tagged_answer(completion), dict(rg_entry)))
+    score = _scorer(rg_dataset, json.dumps(rg_config, sort_keys=True))
+    return float(score(tagged_answer(completion), dict(rg_entry)))
 
 
 def tagged_answer(completion: str) -> str:
@@ -34,7 +44,9 @@ def tagged_answer(completion: str) -> str:
 
 
 @functools.cache
-def _scorer(dataset: str) -> Callable[[str, dict[str, Any]], float]:
-    from reasoning_gym.factory import get_score_answer_fn  # optional and slow to import: only for its own tasks
+def _scorer(dataset: str, config_json: str) -> Callable[[str, dict[str, Any]], float]:
+    from reasoning_gym.factory import DATASETS  # slow to import: only for its own tasks
 
-    return get_score_answer_fn(dataset)
+    dataset_class, config_class = DATASETS[dataset]
+    # the scorer is a method of the dataset; a dataset of one question is enough to have it
+    return dataset_class(config=config_class(**{**json.loads(config_json), "size": 1})).score_answer

@@ -29,7 +29,7 @@ from rlsys.prompts.tasks import make_task
 
 MOST_HELD_OUT = 2000  # so many held-out questions stay untrained; those beyond the default's 500 measure the accuracy
 
-Progress = Callable[[int, float], None]  # called with (step, accuracy) at every check
+Progress = Callable[[int, float], None]  # called with (step, accuracy): once at the start, then at every check
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +97,8 @@ def warm_up(
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)
     settling_since: int | None = None
     accuracy = 0.0
+    if progress is not None:
+        progress(0, accuracy)
     for step in range(1, recipe.max_steps + 1):
         settled = settling_since is not None and step > settling_since + recipe.settle_steps
         for group in optimizer.param_groups:

@@ -118,7 +118,9 @@ def test_exact_match_ignores_white_space_around_and_nothing_else():
 
 def test_reasoning_gym_scores_the_last_tagged_answer_or_the_whole_completion():
     entry = {"question": "State 4 - 1 - 7 =", "answer": "-4", "metadata": {}}
-    score = functools.partial(reasoning_gym_score, "", answer="-4", rg_dataset="chain_sum", rg_entry=entry, level=1)
+    score = functools.partial(
+        reasoning_gym_score, "", answer="-4", rg_dataset="chain_sum", rg_entry=entry, rg_config={}, level=1
+    )
     assert score("so <answer>9</answer>, no: <answer> -4\n</answer> it is") == 1.0
     assert score("<answer>-4</answer> or <answer>9</answer>") == 0.0
     assert score("  -4 ") == 1.0
