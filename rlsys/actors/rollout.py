@@ -8,9 +8,10 @@ from typing import Any
 import ray
 
 from rlsys.actors.remote import answer
-from rlsys.controller.parts import PlaySpec
+from rlsys.envs.single_turn import SingleTurn
 from rlsys.errors import EngineLost
 from rlsys.records import LoadReport, Prompt, RolloutGroup, WeightVersion
+from rlsys.rollout.play import PlaySpec, play_group
 from rlsys.rollout.vllm_settings import VllmSettings
 
 
@@ -35,19 +36,13 @@ class RolloutActor:
         await self._engine.start()
 
     async def play(self, prompt: Prompt, spec: PlaySpec) -> RolloutGroup:
-        from rlsys.envs.single_turn import SingleTurn
-        from rlsys.rollout.play import play_group
-
         return await play_group(
             prompt,
+            spec,
             engine=self._engine,
             engine_name=self._name,
             make_env=SingleTurn,
             tokenizer=self._tokenizer,
-            group_size=spec.group_size,
-            temperature=spec.temperature,
-            max_tokens=spec.max_tokens,
-            seed=spec.seed,
             clock=self._clock,
         )
 
@@ -80,7 +75,7 @@ class RayFleet:
         return await answer(self._actors[engine].load.remote(weights), engine, EngineLost)
 
     async def remove(self, engine: str) -> None:
-        ray.kill(self._actors[engine])
+        ray.kill(self._actors.pop(engine))
 
     async def stop(self) -> None:
         for name, actor in self._actors.items():

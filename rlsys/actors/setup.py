@@ -26,11 +26,12 @@ from rlsys.buffer.staleness import first_trained_step, lead_limit
 from rlsys.config.schema import Config, Row
 from rlsys.controller.deadline import within
 from rlsys.controller.loops import Loops
-from rlsys.controller.parts import Parts, PlaySpec, Sink
+from rlsys.controller.parts import Parts, Sink
 from rlsys.controller.plan import Plan
 from rlsys.records import RolloutGroup, Version
 from rlsys.reward.load import is_async_reward, load_reward
 from rlsys.reward.pool import GRACE_S, RESTART_TIMEOUT_S, RewardPool
+from rlsys.rollout.play import PlaySpec
 from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
 from rlsys.weights.pool import NUM_SEGMENTS, SegmentPool
 from rlsys.weights.segment import segment_path

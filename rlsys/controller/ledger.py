@@ -96,7 +96,8 @@ class Ledger:
     def check(self, buffer: BufferCounts | None = None, *, quiet: bool = False) -> None:
         """Assert conservation, and that the buffer counts the same as the ledger.
 
-        ``quiet`` says that no group is on its way into the buffer, so that the two must agree on what waits there too.
+        ``quiet`` says that no group is on its way into the buffer or out of it, so that the two must agree on what is
+        there too.
         Raises LawBroken.
         """
         by_stage = self.counts()
@@ -107,10 +108,10 @@ class Ledger:
             )
         if buffer is None:
             return
-        theirs = (buffer.leased, buffer.trained, buffer.buffered if quiet else 0)
-        ours = (by_stage[Stage.LEASED], self.trained, by_stage[Stage.BUFFERED] if quiet else 0)
+        theirs = (buffer.trained, buffer.buffered if quiet else 0, buffer.leased if quiet else 0)
+        ours = (self.trained, by_stage[Stage.BUFFERED] if quiet else 0, by_stage[Stage.LEASED] if quiet else 0)
         if theirs != ours:
-            raise LawBroken(f"leased, trained, buffered: the buffer counts {theirs} rollouts, the controller {ours}")
+            raise LawBroken(f"trained, buffered, leased: the buffer counts {theirs} rollouts, the controller {ours}")
 
     def describe(self) -> str:
         parts = [f"{stage.value} {count}" for stage, count in self.counts().items()]

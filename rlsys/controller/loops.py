@@ -38,8 +38,9 @@ from rlsys.buffer.staleness import (
 )
 from rlsys.controller.deadline import within
 from rlsys.controller.evaluate import EvalReport, evaluate
+from rlsys.controller.failures import first_failure
 from rlsys.controller.ledger import Ledger, Stage
-from rlsys.controller.parts import Parts, PlaySpec
+from rlsys.controller.parts import Parts
 from rlsys.controller.plan import Plan
 from rlsys.controller.roster import Roster
 from rlsys.controller.stats import batch_metrics, drop_metrics
@@ -47,6 +48,7 @@ from rlsys.controller.sync import WeightSync
 from rlsys.controller.totals import Totals
 from rlsys.errors import EngineLost, LawBroken, TooManyDrops, WaitTimeout
 from rlsys.records import DropCause, DroppedRollout, Prompt, RolloutGroup, Version
+from rlsys.rollout.play import PlaySpec
 
 Answer = TypeVar("Answer")
 
@@ -83,6 +85,7 @@ class Loops:
         self._groups_trained = version.step * plan.prompts_per_batch
         self._lost_in_a_row = 0
         self._num_evals = 0
+        self._learner_waits = False
 
     async def run(self) -> None:
         """Evaluate, train ``plan.steps`` batches, evaluate. The first failure of any loop ends all, and is raised."""
@@ -97,12 +100,12 @@ class Loops:
                 for task in pulls:
                     task.cancel()
         except BaseExceptionGroup as failures:
-            raise _first_failure(failures) from None
+            raise first_failure(failures) from None
 
     async def _train(self, tasks: asyncio.TaskGroup) -> None:
         self.totals.open(self.parts.clock.now(), self.roster.busy_seconds())
         loops = [tasks.create_task(loop) for loop in (self.live_loop(), self.eval_loop(), self.rollout_loop(tasks))]
-        await self.train_loop()
+        await self.train_loop(tasks)
         for task in loops:
             task.cancel()
         self.totals.close(self.parts.clock.now(), self.roster.busy_seconds())
@@ -158,8 +161,8 @@ class Loops:
             await self._buffer(self.parts.buffer.put(group))
             self._lost_in_a_row = 0
 
-    async def train_loop(self) -> None:
-        """Train until ``plan.steps`` batches are done.
+    async def train_loop(self, tasks: asyncio.TaskGroup) -> None:
+        """Train until ``plan.steps`` batches are done; the next batch is fetched while one is trained.
 
         consumes: leases of the buffer.
         waits for: enough finished groups; at ``max_staleness`` 0 for every engine to serve the new version.
@@ -167,15 +170,17 @@ class Loops:
         produces: weight versions, and room below the lead limit.
         """
         clock = self.parts.clock
+        fetching = tasks.create_task(self._next_lease(self.version.step))
         while self.version.step < self.plan.steps:
-            began = clock.now()
-            lease = await self._next_lease()
+            began, step = clock.now(), self.version.step
+            lease = await self._fetched(fetching)
             waited_s = clock.now() - began
-            step = self.version.step
+            if step + 1 < self.plan.steps:
+                fetching = tasks.create_task(self._next_lease(step + 1))
             batch = self.parts.make_batch(lease.groups, step)
             built_s = clock.now() - began - waited_s
-            training = self.parts.learner.step(batch)
-            report = await within(self.plan.step_timeout_s, f"the learner to train step {step}", training)
+            who = f"the learner to train step {step}"
+            report = await within(self.plan.step_timeout_s, who, self.parts.learner.step(batch))
             self.version = report.version
             trained_s = clock.now() - began - waited_s - built_s
             await self._publish()
@@ -230,7 +235,7 @@ class Loops:
                     "rollout/running": self.roster.num_running,
                     "rollout/engines": len(self.roster.names),
                     **self.totals.summary(self.parts.clock.now(), self.roster.busy_seconds()),
-                    "weights/published": self.sync.num_published,
+                    **self.sync.counts(),
                 }
             )
 
@@ -248,27 +253,33 @@ class Loops:
             self.roster.release(engine, spec.group_size)
 
     async def _score(self, group: RolloutGroup) -> RolloutGroup:
-        scoring = self.parts.scorer.score(group)
-        return await within(self.plan.score_timeout_s, f"the rewards of {group.group_id}", scoring)
+        who = f"the rewards of {group.group_id}"
+        return await within(self.plan.score_timeout_s, who, self.parts.scorer.score(group))
 
-    async def _next_lease(self) -> Lease:
-        """Wait for a batch; what was too old meanwhile leaves by name and is asked again."""
+    async def _next_lease(self, step: int) -> Lease:
+        """Wait for the batch to be trained at ``step``; what is too old by then leaves by name and is asked again."""
         quiet_since, seen = self.parts.clock.now(), self._progress_mark()
         while True:
-            take = await self._buffer(
-                self.parts.buffer.take(self.plan.prompts_per_batch, self.version.step, TAKE_WAIT_S)
-            )
+            take = await self._buffer(self.parts.buffer.take(self.plan.prompts_per_batch, step, TAKE_WAIT_S))
             for group in take.shrunk:
                 self._close(group)
             if take.lease is not None:
                 for group in take.lease.groups:
                     self.ledger.move(group.group_id, Stage.LEASED, len(group.rollouts))
                 return take.lease
-            await self.sync.publish_pending()
-            if self._progress_mark() != seen:
+            if self._progress_mark() != seen or not self._learner_waits:
                 quiet_since, seen = self.parts.clock.now(), self._progress_mark()
             elif self.parts.clock.now() - quiet_since > self.plan.stall_s:
                 raise WaitTimeout(f"rollouts ({self.ledger.describe()}; {self.roster.describe()})", self.plan.stall_s)
+
+    async def _fetched(self, fetching: asyncio.Task[Lease]) -> Lease:
+        """The learner stands still here, so that a publication that was put off can be made up for."""
+        self._learner_waits = True
+        while not fetching.done():
+            await asyncio.wait({fetching}, timeout=TAKE_WAIT_S)
+            await self.sync.publish_pending()
+        self._learner_waits = False
+        return fetching.result()
 
     async def _publish(self) -> None:
         if self.plan.max_staleness == 0:
@@ -286,11 +297,7 @@ class Loops:
         ages = self._ages(lease, step)
         metrics = {**timing, **batch_metrics(lease.groups, ages), **drop_metrics(self.ledger.dropped)}
         self.totals.book(lease.groups, ages)
-        loads, self.sync.loads = self.sync.loads, []
-        if loads:
-            metrics["weights/pause_s"] = sum(load.pause_s for load in loads) / len(loads)
-            metrics["weights/load_s"] = sum(load.total_s for load in loads) / len(loads)
-            metrics["weights/probe_difference"] = max(load.probe_difference for load in loads)
+        metrics |= self.sync.drain_metrics()
         metrics |= self._eval_metrics
         self._eval_metrics = {}
         self.parts.sink.step(self.version.step, self.version, metrics)
@@ -383,15 +390,6 @@ class Loops:
             "steps": self.version.step,
             **self.totals.summary(self.parts.clock.now(), self.roster.busy_seconds()),
             "rollouts_submitted": self.ledger.submitted,
-            "weights/published": self.sync.num_published,
-            "weights/put_off": self.sync.num_put_off,
-            "weights/refused": self.sync.num_refused,
+            **self.sync.counts(),
             **drop_metrics(self.ledger.dropped),
         }
-
-
-def _first_failure(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first real failure of a group of loops; the others followed from it."""
-    for failure in failures.exceptions:
-        return _first_failure(failure) if isinstance(failure, BaseExceptionGroup) else failure
-    return failures

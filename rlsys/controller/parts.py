@@ -9,32 +9,9 @@ from typing import Any, Protocol
 
 from rlsys.buffer.replay import BufferCounts, Take
 from rlsys.records import LoadReport, Prompt, RolloutGroup, StepReport, Version, WeightVersion
+from rlsys.rollout.clock import Clock
+from rlsys.rollout.play import PlaySpec
 from rlsys.weights.pool import SegmentPool
-
-
-class Clock(Protocol):
-    def now(self) -> float:
-        """Seconds since an arbitrary start, monotonic."""
-        ...
-
-    async def sleep(self, seconds: float) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlaySpec:
-    """How a group is to be sampled.
-
-    Attributes:
-        group_size: number of rollouts.
-        temperature: 0 means greedy.
-        max_tokens: most sampled tokens per turn.
-        seed: base seed; each rollout derives its own from it and its id.
-    """
-
-    group_size: int
-    temperature: float
-    max_tokens: int
-    seed: int
 
 
 class Fleet(Protocol):

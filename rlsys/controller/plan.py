@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlsys.controller.parts import PlaySpec
+from rlsys.rollout.play import PlaySpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

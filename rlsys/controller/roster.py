@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlsys.controller.parts import Clock
 from rlsys.errors import FleetLost
+from rlsys.rollout.clock import Clock
 from rlsys.rollout.router import EngineLoad, choose_engine
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 
 from rlsys.controller.deadline import within
-from rlsys.controller.parts import Clock, Fleet, Learner, Sink
+from rlsys.controller.parts import Fleet, Learner, Sink
 from rlsys.controller.roster import Roster
 from rlsys.errors import EngineLost, FleetLost, RlsysError, WaitTimeout, WeightsRefused
 from rlsys.records import LoadReport, Version, WeightVersion
+from rlsys.rollout.clock import Clock
 from rlsys.weights.pool import SegmentPool
 
 SEGMENT_POLL_S = 0.01  # between two looks for a free segment
@@ -44,22 +45,36 @@ class WeightSync:
         self._newest: WeightVersion | None = None
         self._pending: Version | None = None
         self._published = asyncio.Event()
-        self.num_published = 0
-        self.num_put_off = 0
-        self.num_refused = 0
-        self.loads: list[LoadReport] = []
+        self._num_published = 0
+        self._num_put_off = 0
+        self._num_refused = 0
+        self._loads: list[LoadReport] = []
 
-    @property
-    def has_pending(self) -> bool:
-        """A trained version that no segment was free for yet."""
-        return self._pending is not None
+    def counts(self) -> dict[str, float]:
+        """Versions since the start."""
+        return {
+            "weights/published": self._num_published,
+            "weights/put_off": self._num_put_off,
+            "weights/refused": self._num_refused,
+        }
+
+    def drain_metrics(self) -> dict[str, float]:
+        """Of the pulls since the last call; empty where there was none."""
+        loads, self._loads = self._loads, []
+        if not loads:
+            return {}
+        return {
+            "weights/pause_s": sum(load.pause_s for load in loads) / len(loads),
+            "weights/load_s": sum(load.total_s for load in loads) / len(loads),
+            "weights/probe_difference": max(load.probe_difference for load in loads),
+        }
 
     async def publish(self, version: Version) -> bool:
         """Export ``version`` and make it the one that engines pull. False where no segment is free: call
         ``publish_pending`` later."""
         segment = self._segments.acquire()
         if segment is None:
-            self.num_put_off += self._pending is None
+            self._num_put_off += self._pending is None
             self._pending = version
             return False
         weights = await within(
@@ -67,7 +82,7 @@ class WeightSync:
         )
         self._segments.publish(segment)
         self._newest, self._pending = weights, None
-        self.num_published += 1
+        self._num_published += 1
         self._published.set()
         return True
 
@@ -109,7 +124,7 @@ class WeightSync:
                 refusals = 0
             except WeightsRefused as error:
                 refusals += 1
-                self.num_refused += 1
+                self._num_refused += 1
                 self._sink.event(f"{engine} refused weights {weights.version}: {error}")
                 if refusals >= MAX_REFUSALS:
                     await self.lose(engine, f"refused weights {refusals} times in a row")
@@ -139,5 +154,5 @@ class WeightSync:
             )
         finally:
             self._segments.remove_reader(weights.segment)
-        self.loads.append(report)
+        self._loads.append(report)
         self._roster.serve(engine, weights.version.step)

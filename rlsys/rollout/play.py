@@ -35,17 +35,31 @@ from rlsys.rollout.engine import Engine, GenerateRequest
 Tokenizer = Any  # a tokenizer of transformers; its type would import torch
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlaySpec:
+    """How a group is to be sampled.
+
+    Attributes:
+        group_size: number of rollouts.
+        temperature: 0 means greedy.
+        max_tokens: most sampled tokens per turn.
+        seed: base seed; each rollout derives its own from it and its id.
+    """
+
+    group_size: int
+    temperature: float
+    max_tokens: int
+    seed: int
+
+
 async def play_group(
     prompt: Prompt,
+    spec: PlaySpec,
     *,
     engine: Engine,
     engine_name: str,
     make_env: Callable[[], Env],
     tokenizer: Tokenizer,
-    group_size: int,
-    temperature: float,
-    max_tokens: int,
-    seed: int,
     clock: Clock,
 ) -> RolloutGroup:
     """Play every member at once. A member whose request the engine refused, or that holds no sampled token, comes back
@@ -55,9 +69,6 @@ async def play_group(
         engine_name: written into the rollouts.
         make_env: a fresh environment for each member.
         tokenizer: renders the conversation (its chat template, where it has one) and decodes the answers.
-        temperature: 0 means greedy.
-        max_tokens: most sampled tokens per turn.
-        seed: base seed; each member derives its own from it and its rollout id.
 
     Raises:
         EngineLost: the engine is gone, and the whole group with it.
@@ -67,17 +78,17 @@ async def play_group(
 
     async def play(member: int) -> Rollout | DroppedRollout:
         rollout_id = f"{prompt.group_id}/{member}"
-        rows = _Rows(rollout_id=rollout_id, seed=rollout_seed(seed, rollout_id))
+        rows = _Rows(rollout_id=rollout_id, seed=rollout_seed(spec.seed, rollout_id))
         started = clock.now()
         try:
-            await _converse(prompt, rows, engine, make_env(), tokenizer, opening_of, temperature, max_tokens)
+            await _converse(prompt, rows, engine, make_env(), tokenizer, opening_of, spec)
         except RequestRefused as error:
             return DroppedRollout(rollout_id=rollout_id, cause=DropCause.ENGINE_REFUSED, detail=str(error))
         if not any(rows.loss_mask):
             return DroppedRollout(rollout_id=rollout_id, cause=DropCause.EMPTY)
         return rows.rollout(engine_name, clock.now() - started)
 
-    tasks = [asyncio.create_task(play(member)) for member in range(group_size)]
+    tasks = [asyncio.create_task(play(member)) for member in range(spec.group_size)]
     try:
         members = await asyncio.gather(*tasks)
     finally:
@@ -190,8 +201,7 @@ async def _converse(
     env: Env,
     tokenizer: Tokenizer,
     opening_of: _Openings,
-    temperature: float,
-    max_tokens: int,
+    spec: PlaySpec,
 ) -> None:
     """Fill ``rows`` turn by turn until the environment, or a turn that was cut at its token limit, ends it."""
     rows.add_context(opening_of.tokens(env.reset(prompt)))
@@ -201,8 +211,8 @@ async def _converse(
             GenerateRequest(
                 request_id=f"{rows.rollout_id}:{rows.num_turns}",
                 token_ids=list(rows.token_ids),
-                max_tokens=max_tokens,
-                temperature=temperature,
+                max_tokens=spec.max_tokens,
+                temperature=spec.temperature,
                 seed=(rows.seed + rows.num_turns) % (1 << 63),
             )
         )

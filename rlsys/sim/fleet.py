@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from rlsys.controller.parts import Clock, PlaySpec
 from rlsys.envs.single_turn import SingleTurn
 from rlsys.records import Draw, LoadReport, Probe, Prompt, RolloutGroup, StepReport, Version, WeightVersion
+from rlsys.rollout.clock import Clock
 from rlsys.rollout.engine import Engine
-from rlsys.rollout.play import play_group
+from rlsys.rollout.play import PlaySpec, play_group
 
 VOCAB_SIZE = 128  # the characters of ASCII
 
@@ -41,14 +41,11 @@ class SimFleet:
     async def play(self, engine: str, prompt: Prompt, spec: PlaySpec) -> RolloutGroup:
         return await play_group(
             prompt,
+            spec,
             engine=self.engines[engine],
             engine_name=engine,
             make_env=SingleTurn,
             tokenizer=self._tokenizer,
-            group_size=spec.group_size,
-            temperature=spec.temperature,
-            max_tokens=spec.max_tokens,
-            seed=spec.seed,
             clock=self._clock,
         )
 

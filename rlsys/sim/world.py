@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 from rlsys.buffer.replay import ReplayBuffer
 from rlsys.controller.loops import Loops
-from rlsys.controller.parts import Parts, PlaySpec
+from rlsys.controller.parts import Parts
 from rlsys.controller.plan import Plan
 from rlsys.records import RolloutGroup, Version
+from rlsys.rollout.play import PlaySpec
 from rlsys.rollout.sim_engine import SimEngine, learning_answer
 from rlsys.sim.clock import VirtualClock
 from rlsys.sim.fleet import VOCAB_SIZE, SimFleet, SimLearner, SimScorer, SimSource, doubled
@@ -40,6 +41,8 @@ class World:
     step_s: float = 1.0
     export_s: float = 0.1
     half_life_steps: float = 4.0
+    score_timeout_s: float = 60.0
+    stall_s: float = 120.0
     crashes: Mapping[int, float] = field(default_factory=dict)
 
 
@@ -141,7 +144,7 @@ def _plan(world: World) -> Plan:
         correct_at=1.0,
         rollouts_logged=0,
         play_timeout_s=60.0,
-        score_timeout_s=60.0,
+        score_timeout_s=world.score_timeout_s,
         step_timeout_s=60.0,
-        stall_s=120.0,
+        stall_s=world.stall_s,
     )

@@ -21,9 +21,10 @@ from rlsys.batch.pack import pack
 from rlsys.buffer.replay import ReplayBuffer
 from rlsys.config.schema import TrainSection
 from rlsys.controller.loops import Loops
-from rlsys.controller.parts import Parts, PlaySpec
+from rlsys.controller.parts import Parts
 from rlsys.controller.plan import Plan
 from rlsys.records import Draw, LoadReport, Probe, Prompt, StepReport, StopReason, Turn, Version, WeightVersion
+from rlsys.rollout.play import PlaySpec
 from rlsys.sim.fleet import SimFleet
 from rlsys.sim.world import RecordingSink
 from rlsys.train.learner import LearnerRank

@@ -159,3 +159,21 @@ def test_a_segment_that_is_read_for_long_puts_publication_off_and_nothing_else()
     check_laws(report, world)
     assert report.summary["weights/put_off"] > 0
     assert report.loops.roster.step_of("rollout-0") == world.steps
+
+
+def test_a_training_step_longer_than_the_stall_limit_is_no_stall():
+    report = simulate(World(max_staleness=0, steps=2, step_s=50.0, stall_s=20.0))
+    assert len(report.trained) == 2
+
+
+def test_rollouts_that_never_get_on_are_found_and_named():
+    def hang(loops, fleet):
+        score = loops.parts.scorer.score
+
+        async def hang_in_training(group):
+            return await (asyncio.Event().wait() if group.prompt.draw.source == "sim" else score(group))
+
+        loops.parts.scorer.score = hang_in_training
+
+    with pytest.raises(WaitTimeout, match="scoring 32"):
+        simulate(World(stall_s=20.0, score_timeout_s=1e7), hang)

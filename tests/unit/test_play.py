@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from rlsys.envs.single_turn import SingleTurn
 from rlsys.errors import EngineLost
 from rlsys.records import NOT_SAMPLED, Draw, DropCause, Probe, Prompt, RolloutGroup, StopReason, Version, WeightVersion
-from rlsys.rollout.play import following_tokens, opening_tokens, play_group, rollout_seed
+from rlsys.rollout.play import PlaySpec, following_tokens, opening_tokens, play_group, rollout_seed
 from rlsys.rollout.sim_engine import SimEngine
 from rlsys.sim.clock import VirtualClock
 
@@ -55,14 +55,11 @@ def _play(answer, *, env=SingleTurn, tokenizer=None, group_size: int = 2, max_to
         )
         return await play_group(
             PROMPT,
+            PlaySpec(group_size=group_size, temperature=1.0, max_tokens=max_tokens, seed=11),
             engine=engine,
             engine_name="sim-0",
             make_env=env,
             tokenizer=tokenizer or _tokenizer(),
-            group_size=group_size,
-            temperature=1.0,
-            max_tokens=max_tokens,
-            seed=11,
             clock=clock,
         )
 
@@ -137,14 +134,11 @@ def test_a_lost_engine_loses_the_whole_group():
         with pytest.raises(EngineLost, match="it crashed"):
             await play_group(
                 PROMPT,
+                PlaySpec(group_size=3, temperature=1.0, max_tokens=8, seed=0),
                 engine=engine,
                 engine_name="sim-0",
                 make_env=SingleTurn,
                 tokenizer=_tokenizer(),
-                group_size=3,
-                temperature=1.0,
-                max_tokens=8,
-                seed=0,
                 clock=clock,
             )
         assert clock.now() == pytest.approx(0.04 + 0.5)

@@ -151,7 +151,7 @@ def test_a_warm_up_that_misses_the_band_is_an_error_and_tells_its_accuracies(
     told: list[tuple[int, float]] = []
     with pytest.raises(RlsysError, match=r"0\.00, 0\.00, 0\.00 of the answers right"):
         make_tiny(tmp_path / "m", recipe=FEW_STEPS, progress=lambda step, accuracy: told.append((step, accuracy)))
-    assert told == [(2, 0.0), (4, 0.0)] * 3
+    assert told == [(0, 0.0), (2, 0.0), (4, 0.0)] * 3
     assert not (tmp_path / "m").exists()
 
 
