@@ -36,6 +36,8 @@ from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
 from rlsys.weights.pool import NUM_SEGMENTS, SegmentPool
 from rlsys.weights.segment import segment_path
 
+SPARE_CALLS = 16  # of a rollout actor, beside its groups
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
@@ -151,7 +153,13 @@ def _rollout_actors(config: Config, inputs: Inputs) -> list[tuple[str, Any]]:
             vllm=rollout.vllm,
         )
         actor = _actor(
-            RolloutActor, name, cpus=rollout.cpus_per_replica, gpus=rollout.gpus_per_replica, environment=environment
+            RolloutActor,
+            name,
+            cpus=rollout.cpus_per_replica,
+            gpus=rollout.gpus_per_replica,
+            environment=environment,
+            # one call per group, of one rollout in an evaluation; a weight swap must never queue behind them
+            max_concurrency=rollout.slots + SPARE_CALLS,
         )
         actors.append((name, actor.remote(name, settings)))
     return actors
@@ -193,13 +201,20 @@ def _reward_workers(config: Config, inputs: Inputs) -> list[RayRewardWorker]:
 
 
 def _actor(
-    cls: type, name: str | None, *, cpus: float, gpus: float = 0.0, environment: dict[str, str] | None = None
+    cls: type,
+    name: str | None,
+    *,
+    cpus: float,
+    gpus: float = 0.0,
+    environment: dict[str, str] | None = None,
+    max_concurrency: int | None = None,
 ) -> Any:
     """A Ray actor class with its resources. A name of None is for actors that are replaced under the same name, which
     Ray frees too late; their repr still tells what they are."""
-    return ray.remote(cls).options(
-        name=name, num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": environment or {}}, max_restarts=0
-    )
+    options = {"name": name, "num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0}
+    if max_concurrency is not None:
+        options["max_concurrency"] = max_concurrency
+    return ray.remote(cls).options(runtime_env={"env_vars": environment or {}}, **options)
 
 
 def _row(row: Row | None) -> tuple[str, dict[str, Any]]:
