@@ -118,22 +118,20 @@ class LearnerRank:
     def step(self, batch: RankBatch) -> dict[str, float]:
         """Train one batch, one optimizer step per part. Returns the metrics, equal on every rank (times excepted).
 
-        With one part the proximal policy is the detached training forward: exact, and free. With more it is one
-        forward over the whole batch before the first step, then frozen.
+        The proximal policy is the one before the first step. For the first part it is the detached training forward:
+        exact, and free. For the others it is a forward of their own before the first step, then frozen.
 
         Raises:
             Diverged: on every rank alike, before the weights take up a loss or gradient that is not finite.
         """
         began = time.perf_counter()
-        frozen = None
-        if len(batch.parts) > 1:
-            frozen = [[self._no_grad_logprobs(mb) for mb in part.microbatches] for part in batch.parts]
+        later = [[self._no_grad_logprobs(mb) for mb in part.microbatches] for part in batch.parts[1:]]
         measures: dict[str, Measure] = {}
         grad_norms = []
         learning_rate = 0.0
-        for index, part in enumerate(batch.parts):
+        for part, proximal in zip(batch.parts, [None, *later], strict=True):
             learning_rate = self._engine.get_lr()[0]
-            own, grad_norm = self._train_part(part, frozen[index] if frozen else None, batch.version)
+            own, grad_norm = self._train_part(part, proximal, batch.version)
             measures = merge(measures, own)
             grad_norms.append(grad_norm)
         self._num_batches += 1
