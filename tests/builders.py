@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -49,3 +50,13 @@ def make_group(
             for member, (steps, reward) in enumerate(zip(steps_by_rollout, rewards, strict=True))
         ),
     )
+
+
+def make_unscored_group(*completions: str, index: int = 0) -> RolloutGroup:
+    """A group as it comes from an engine: one member per completion, none scored."""
+    prompt = replace(make_prompt(index), content="1+2=", answer="3")
+    rollouts = (
+        replace(make_rollout(f"{prompt.group_id}/{member}", [0], reward=None), completion=completion)
+        for member, completion in enumerate(completions)
+    )
+    return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))

@@ -6,6 +6,7 @@ microbatches would depend on the packing.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
@@ -15,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class Measure(ABC):
     """Base of all measures.
 
     Attributes:
@@ -32,9 +33,9 @@ class Measure:
             return replace(self, numbers=self.numbers + other.numbers)
         return replace(self, numbers=torch.maximum(self.numbers, other.numbers))
 
+    @abstractmethod
     def value(self) -> float | None:
         """The metric; None where nothing was measured."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

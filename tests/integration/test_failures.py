@@ -22,15 +22,6 @@ ray: {{dashboard: false}}
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    from rlsys.tiny import make_tiny
-
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    make_tiny(folder, seed=0, warm_up=False)
-    return folder
-
-
 def run(folder: Path, **values: object) -> tuple[subprocess.CompletedProcess[str], dict[str, object]]:
     config = folder / "config.yaml"
     config.write_text(CONFIG.format(root=folder, **values))

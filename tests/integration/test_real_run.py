@@ -33,15 +33,6 @@ ray: {{dashboard: false}}
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    from rlsys.tiny import make_tiny
-
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    make_tiny(folder, seed=0, warm_up=False)
-    return folder
-
-
 # a random model is right by chance: its answers must differ in reward all the same
 REWARD = "def reward(prompt, completion, answer):\n    return float(sum(map(ord, completion)) % 2)\n"
 

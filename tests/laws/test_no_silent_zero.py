@@ -7,13 +7,13 @@ import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rlsys.errors import TooManyDrops
-from rlsys.records import NOT_SAMPLED, Draw, DropCause, Prompt, Rollout, RolloutGroup, StopReason
+from rlsys.records import DropCause
 from rlsys.reward.pool import RewardPool
 from rlsys.reward.result import WorkerDied
+from tests.builders import make_unscored_group
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 0.5
@@ -109,26 +109,6 @@ async def reward(prompt, completion, answer):
 ERROR, TIMEOUT, CRASH = DropCause.REWARD_ERROR, DropCause.REWARD_TIMEOUT, DropCause.REWARD_CRASH
 
 
-def make_group(index, completions):
-    prompt = Prompt(draw=Draw(source="s", index=index, epoch=0), content="1+2=", answer="3")
-    rollouts = [
-        Rollout(
-            rollout_id=f"{prompt.group_id}/{member}",
-            token_ids_T=np.array([5, 6], np.int32),
-            loss_mask_T=np.array([False, True]),
-            behaviour_logprobs_T=np.array([0.0, -0.5], np.float32),
-            versions_T=np.array([NOT_SAMPLED, 0], np.int64),
-            num_prompt_tokens=1,
-            completion=completion,
-            stop_reason=StopReason.EOS,
-            engine="engine-0",
-            seconds=0.1,
-        )
-        for member, completion in enumerate(completions)
-    ]
-    return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))
-
-
 def score(tmp_path, source, *groups, max_drops_in_a_row=100):
     """Score the groups at once on two processes; the rest of a hung call must not outlive the hard deadline."""
     (tmp_path / "reward.py").write_text(textwrap.dedent(source))
@@ -144,7 +124,7 @@ def score(tmp_path, source, *groups, max_drops_in_a_row=100):
                 max_drops_in_a_row=max_drops_in_a_row,
                 is_async="async def" in source,
             )
-            parts = [make_group(index, group) for index, group in enumerate(groups)]
+            parts = [make_unscored_group(*group, index=index) for index, group in enumerate(groups)]
             return await asyncio.gather(*(pool.score(part) for part in parts))
         finally:
             for worker in workers:

@@ -74,11 +74,11 @@ def test_paths_are_taken_from_the_working_folder_and_made_absolute(write, tmp_pa
 
 
 def test_names_that_are_no_paths_stay(write):
-    config = load_config(write(), ["reward.path=package.module:reward", "run.root=/tmp/runs"])
+    config = load_config(write(), ["reward.path=package.module:reward", "run.root=/elsewhere/runs"])
     assert (config.model.path, config.reward.path, str(config.run.root)) == (
         "tiny",
         "package.module:reward",
-        "/tmp/runs",
+        "/elsewhere/runs",
     )
 
 

@@ -3,36 +3,15 @@
 import asyncio
 import pickle
 
-import numpy as np
 import pytest
 
 from rlsys.errors import TooManyDrops, WaitTimeout
-from rlsys.records import NOT_SAMPLED, Draw, DropCause, Prompt, Rollout, RolloutGroup, StopReason
+from rlsys.records import DropCause
 from rlsys.reward.pool import RewardPool
 from rlsys.reward.result import RewardFailure, RewardResult, WorkerDied
+from tests.builders import make_unscored_group
 
 ERROR = RewardFailure(cause=DropCause.REWARD_ERROR, detail="Traceback: first")
-
-
-def make_rollout(rollout_id, completion):
-    return Rollout(
-        rollout_id=rollout_id,
-        token_ids_T=np.array([5, 6], np.int32),
-        loss_mask_T=np.array([False, True]),
-        behaviour_logprobs_T=np.array([0.0, -0.5], np.float32),
-        versions_T=np.array([NOT_SAMPLED, 0], np.int64),
-        num_prompt_tokens=1,
-        completion=completion,
-        stop_reason=StopReason.EOS,
-        engine="engine-0",
-        seconds=0.1,
-    )
-
-
-def make_group(*completions, index=0):
-    prompt = Prompt(draw=Draw(source="s", index=index, epoch=0), content="1+2=", answer="3")
-    rollouts = [make_rollout(f"{prompt.group_id}/{member}", text) for member, text in enumerate(completions)]
-    return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))
 
 
 class ScriptedWorker:
@@ -76,11 +55,11 @@ def causes(group):
 
 
 def test_members_get_their_rewards_in_order_and_failures_leave_with_their_cause():
-    [group] = score(make_pool(ScriptedWorker()), make_group("1", "error", "0.5"))
+    [group] = score(make_pool(ScriptedWorker()), make_unscored_group("1", "error", "0.5"))
     assert [(rollout.rollout_id[-1], rollout.reward) for rollout in group.rollouts] == [("0", 1.0), ("2", 0.5)]
     assert group.rollouts[0].reward_parts == {"right": 1.0}
     [dropped] = group.dropped
-    assert dropped.rollout_id == "s:0:0#0/1" and dropped.cause is DropCause.REWARD_ERROR
+    assert dropped.rollout_id == "test:0:0#0/1" and dropped.cause is DropCause.REWARD_ERROR
     assert dropped.detail == "Traceback: first"
     assert group.baseline_rewards == (1.0, 0.5)
 
@@ -88,7 +67,7 @@ def test_members_get_their_rewards_in_order_and_failures_leave_with_their_cause(
 @pytest.mark.parametrize(("bad", "cause"), [("hang", DropCause.REWARD_TIMEOUT), ("die", DropCause.REWARD_CRASH)])
 def test_member_that_takes_its_worker_along_is_dropped_alone(bad, cause):
     worker = ScriptedWorker()
-    [group] = score(make_pool(worker), make_group("1", bad, "2"))
+    [group] = score(make_pool(worker), make_unscored_group("1", bad, "2"))
     assert [rollout.reward for rollout in group.rollouts] == [1.0, 2.0]
     assert causes(group) == {"1": cause}
     assert worker.asked == [["1", bad, "2"], ["1"], [bad], ["2"]]
@@ -97,22 +76,22 @@ def test_member_that_takes_its_worker_along_is_dropped_alone(bad, cause):
 
 def test_waiting_for_a_free_worker_does_not_count_against_the_deadline():
     worker = ScriptedWorker(seconds=0.25)  # three groups take 0.75 s, each may take 0.4 s
-    groups = score(make_pool(worker), *(make_group("1", index=index) for index in range(3)))
+    groups = score(make_pool(worker), *(make_unscored_group("1", index=index) for index in range(3)))
     assert [group.rollouts[0].reward for group in groups] == [1.0] * 3
     assert worker.restarts == 0
 
 
 def test_deadline_grows_with_the_members_of_a_plain_function_only():
     plain, together = ScriptedWorker(seconds=0.5), ScriptedWorker(seconds=0.5)
-    score(make_pool(plain), make_group("1", "1", "1"))
+    score(make_pool(plain), make_unscored_group("1", "1", "1"))
     assert plain.restarts == 0  # 3 x 0.2 s + 0.2 s
-    [group] = score(make_pool(together, is_async=True), make_group("1", "1", "1"))
+    [group] = score(make_pool(together, is_async=True), make_unscored_group("1", "1", "1"))
     assert together.restarts == 4 and set(causes(group).values()) == {DropCause.REWARD_TIMEOUT}
 
 
 def test_groups_spread_over_free_workers():
     workers = [ScriptedWorker(seconds=0.05) for _ in range(2)]
-    score(make_pool(*workers, timeout_s=5.0), *(make_group("1", index=index) for index in range(4)))
+    score(make_pool(*workers, timeout_s=5.0), *(make_unscored_group("1", index=index) for index in range(4)))
     assert [len(worker.asked) for worker in workers] == [2, 2]
 
 
@@ -121,11 +100,11 @@ def test_worker_left_busy_by_a_cancelled_call_is_restarted_before_it_is_used_aga
     pool = make_pool(worker, timeout_s=5.0)
 
     async def cancel_then_score():
-        lost = asyncio.create_task(pool.score(make_group("hang")))
+        lost = asyncio.create_task(pool.score(make_unscored_group("hang")))
         await asyncio.sleep(0.02)
         lost.cancel()
         await asyncio.gather(lost, return_exceptions=True)
-        return await pool.score(make_group("1"))
+        return await pool.score(make_unscored_group("1"))
 
     assert asyncio.run(cancel_then_score()).rollouts[0].reward == 1.0
     assert worker.restarts == 1
@@ -137,24 +116,24 @@ def test_worker_that_does_not_come_back_is_named():
             await asyncio.sleep(60)
 
     with pytest.raises(WaitTimeout, match="reward worker 0 to restart"):
-        score(make_pool(Stuck(), restart_timeout_s=0.05), make_group("die"))
+        score(make_pool(Stuck(), restart_timeout_s=0.05), make_unscored_group("die"))
 
 
 def test_a_row_of_drops_over_groups_stops_the_run_with_the_first_traceback():
     pool = make_pool(ScriptedWorker(), max_drops_in_a_row=4)
-    score(pool, make_group("1", "error", "error"))
+    score(pool, make_unscored_group("1", "error", "error"))
     with pytest.raises(TooManyDrops, match="4 rollouts in a row(.|\n)*Traceback: first") as caught:
-        score(pool, make_group("error", "error"))
+        score(pool, make_unscored_group("error", "error"))
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_any_success_ends_a_row_of_drops():
     pool = make_pool(ScriptedWorker(), max_drops_in_a_row=3)
     for index in range(5):
-        score(pool, make_group("error", "1", "error", index=index))
+        score(pool, make_unscored_group("error", "1", "error", index=index))
 
 
 def test_group_without_members_asks_nobody():
     worker = ScriptedWorker()
-    assert score(make_pool(worker), make_group()) == [make_group()]
+    assert score(make_pool(worker), make_unscored_group()) == [make_unscored_group()]
     assert worker.asked == []
