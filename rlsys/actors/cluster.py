@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group
 
 from rlsys.config.schema import Config, RaySection
-from rlsys.errors import ConfigError
+from rlsys.errors import ConfigError, RlsysError
+
+ROUNDING = 1e-3  # Ray counts resources in ten-thousandths
+RESERVE_TIMEOUT_S = 60
 
 
 @contextmanager
@@ -35,21 +39,43 @@ def ray_cluster(section: RaySection, namespace: str) -> Iterator[str]:
 
 
 def check_resources(config: Config) -> None:
-    """Raises ConfigError where the cluster cannot hold the run's actors."""
-    asked = {
-        "CPU": config.rollout.replicas * config.rollout.cpus_per_replica
-        + config.train.ranks * config.train.cpus_per_rank,
-        "GPU": config.rollout.replicas * config.rollout.gpus_per_replica
-        + config.train.ranks * config.train.gpus_per_rank,
-    }
-    there = ray.cluster_resources()
-    for kind, amount in asked.items():
-        if amount > there.get(kind, 0.0) + 1e-6:
-            unit = kind.lower()
-            raise ConfigError(
-                what=f"{kind}s for {config.rollout.replicas} rollout replicas and {config.train.ranks} learner ranks",
-                got=f"{there.get(kind, 0.0):g} in the cluster",
-                wanted=f"{amount:g}",
-                remedy=f"lower rollout.replicas or train.ranks, or the share of each (rollout.{unit}s_per_replica, "
-                f"train.{unit}s_per_rank; fractions are allowed), or join a larger cluster",
-            )
+    """Raises ConfigError where no machine of the cluster can hold the run's engines and learner ranks.
+
+    One machine holds them all: weights travel through its shared memory.
+    """
+    asked = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles(config)) for kind in ("CPU", "GPU")}
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(machine.get(kind, 0.0) + ROUNDING >= amount for kind, amount in asked.items()) for machine in machines):
+        return
+    held = "; ".join(f"{machine.get('CPU', 0.0):g} CPUs, {machine.get('GPU', 0.0):g} GPUs" for machine in machines)
+    raise ConfigError(
+        what=f"a machine for {config.rollout.replicas} rollout replicas and {config.train.ranks} learner ranks",
+        got=f"{len(machines)} in the cluster, with {held}",
+        wanted=f"one with {asked['CPU']:g} CPUs and {asked['GPU']:g} GPUs",
+        remedy="lower rollout.replicas or train.ranks, or the share of each (rollout.cpus_per_replica, "
+        "train.cpus_per_rank, likewise gpus; fractions are allowed), or join a cluster with a larger machine",
+    )
+
+
+def bundles(config: Config) -> list[dict[str, float]]:
+    """Resources of every rollout engine, then of every learner rank."""
+    rollout, train = config.rollout, config.train
+    engine = _bundle(rollout.cpus_per_replica, rollout.gpus_per_replica)
+    rank = _bundle(train.cpus_per_rank, train.gpus_per_rank)
+    return [engine] * rollout.replicas + [rank] * train.ranks
+
+
+def reserve(config: Config) -> PlacementGroup:
+    """Reserve all of it on one machine. Raises RlsysError where other work holds the resources."""
+    group = placement_group(bundles(config), strategy="STRICT_PACK", name=f"rlsys-{config.run.name}")
+    if not group.wait(RESERVE_TIMEOUT_S):
+        free = ray.available_resources()
+        raise RlsysError(
+            f"no machine had {bundles(config)} free within {RESERVE_TIMEOUT_S} s; free in the cluster: "
+            f"{free.get('CPU', 0.0):g} CPUs, {free.get('GPU', 0.0):g} GPUs. Other jobs hold the rest."
+        )
+    return group
+
+
+def _bundle(cpus: float, gpus: float) -> dict[str, float]:
+    return {kind: amount for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0} or {"CPU": ROUNDING}

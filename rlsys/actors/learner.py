@@ -42,6 +42,19 @@ class LearnerActor:
         self._learner.start(self._rank, world_size, master_addr, master_port)
         self._probe_ids = probe_sequences(self._learner.vocab_size, seed)
 
+    def segments(self, run: str) -> list[str]:
+        """Paths of the run's weight segments on this machine; they are this process's. What dead runs left goes."""
+        from rlsys.weights.pool import NUM_SEGMENTS
+        from rlsys.weights.segment import remove_stale_segments, segment_path
+
+        remove_stale_segments()
+        return [str(segment_path(run, str(number))) for number in range(NUM_SEGMENTS)]
+
+    def remove_segments(self, run: str) -> None:
+        from rlsys.weights.segment import remove_segments
+
+        remove_segments(run)
+
     def step(self, batch: RankBatch) -> dict[str, float]:
         return self._learner.step(batch)
 
@@ -85,6 +98,13 @@ class RayLearner:
         host, port = addresses[0]
         world_size = len(self._actors)
         await self._all("start", [actor.start.remote(world_size, host, port, seed) for actor in self._actors])
+
+    async def segments(self, run: str) -> list[str]:
+        """Where versions are written: segments on rank 0's machine."""
+        return await answer(self._actors[0].segments.remote(run), "learner-0", LearnerFailed)
+
+    async def stop(self, run: str) -> None:
+        await answer(self._actors[0].remove_segments.remote(run), "learner-0", LearnerFailed)
 
     async def step(self, batch: Batch) -> StepReport:
         metrics = await self._all(

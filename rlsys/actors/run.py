@@ -20,7 +20,7 @@ from rlsys.observe.rollout_log import RolloutLog
 from rlsys.observe.run_folder import RunFolder, redirect_library_output
 from rlsys.observe.sink import RunSink
 from rlsys.observe.trackers import MetricsFile, TensorBoard, Tracker, Trackers
-from rlsys.weights.segment import remove_segments, remove_stale_segments
+from rlsys.weights.segment import remove_segments
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 STOP_TIMEOUT_S = 30.0  # for the engines to shut down in order; what hangs longer is killed with the cluster
@@ -68,7 +68,6 @@ def run_training(config: Config, inputs: Inputs) -> RunResult:
 
 async def _drive(config: Config, inputs: Inputs, sink: RunSink, folder: RunFolder) -> RunResult:
     """Build, run, export. A failure of the run is a result; what was measured until then is kept."""
-    remove_stale_segments()
     _interrupt_on_signals()
     built: Built | None = None
     status, failure = DONE, ""
@@ -83,8 +82,8 @@ async def _drive(config: Config, inputs: Inputs, sink: RunSink, folder: RunFolde
         status, failure = INTERRUPTED, "interrupted"
     finally:
         if built is not None:
-            await _stop(built, sink)
-        remove_segments(config.run.name)
+            await _stop(config, built, sink)
+        remove_segments(config.run.name)  # also where the learner, whose they are, can no longer do it
     figures = built.loops.summary() if built is not None else {}
     return RunResult(exit=status, folder=folder.path, figures=figures, failure=failure)
 
@@ -98,12 +97,13 @@ def _interrupt_on_signals() -> None:
         loop.add_signal_handler(number, task.cancel)
 
 
-async def _stop(built: Built, sink: RunSink) -> None:
+async def _stop(config: Config, built: Built, sink: RunSink) -> None:
     try:
         async with asyncio.timeout(STOP_TIMEOUT_S):
             await built.fleet.stop()
+            await built.learner.stop(config.run.name)
     except (RlsysError, TimeoutError) as error:  # the run is over; the cluster's end takes what is left
-        sink.event(f"an engine did not stop in order: {error}")
+        sink.event(f"not everything stopped in order: {error}")
 
 
 def _open_sink(config: Config, folder: RunFolder, progress: Progress) -> RunSink:

@@ -6,12 +6,16 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.actors.buffer import BufferActor, RayBuffer
 from rlsys.actors.clock import WallClock
+from rlsys.actors.cluster import reserve
 from rlsys.actors.inputs import Inputs
 from rlsys.actors.learner import LearnerActor, RayLearner
 from rlsys.actors.reward import RayRewardWorker, RewardActor
@@ -33,8 +37,7 @@ from rlsys.reward.load import is_async_reward, load_reward
 from rlsys.reward.pool import GRACE_S, RESTART_TIMEOUT_S, RewardPool
 from rlsys.rollout.play import PlaySpec
 from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
-from rlsys.weights.pool import NUM_SEGMENTS, SegmentPool
-from rlsys.weights.segment import segment_path
+from rlsys.weights.pool import SegmentPool
 
 SPARE_CALLS = 16  # of a rollout actor, beside its groups
 
@@ -48,14 +51,27 @@ class Built:
     fleet: RayFleet
 
 
+class _Places:
+    """Hands out the reserved places in their order: engines, then learner ranks."""
+
+    def __init__(self, group: PlacementGroup) -> None:
+        self._group, self._indices = group, count()
+
+    def next(self) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(
+            placement_group=self._group, placement_group_bundle_index=next(self._indices)
+        )
+
+
 async def build_run(config: Config, inputs: Inputs, sink: Sink) -> Built:
     """Create the actors, wait until every one is up, and hand them to the controller.
 
     Raises RlsysError naming the part that did not come up.
     """
     version = Version(incarnation=0, step=0)
-    fleet = RayFleet(dict(_rollout_actors(config, inputs)))
-    learner = RayLearner(_learner_actors(config, inputs), version)
+    place = _Places(reserve(config))
+    fleet = RayFleet(dict(_rollout_actors(config, inputs, place)))
+    learner = RayLearner(_learner_actors(config, inputs, place), version)
     workers = _reward_workers(config, inputs)
     buffer = RayBuffer(
         _actor(BufferActor, "buffer", cpus=0).remote(
@@ -80,9 +96,7 @@ async def build_run(config: Config, inputs: Inputs, sink: Sink) -> Built:
         buffer=buffer,
         learner=learner,
         make_batch=partial(make_batch, config, inputs),
-        segments=SegmentPool(
-            [str(segment_path(config.run.name, str(number))) for number in range(NUM_SEGMENTS)],
-        ),
+        segments=SegmentPool(await learner.segments(config.run.name)),
         sink=sink,
         clock=WallClock(),
     )
@@ -136,7 +150,7 @@ def make_batch(config: Config, inputs: Inputs, groups: Sequence[RolloutGroup], s
     )
 
 
-def _rollout_actors(config: Config, inputs: Inputs) -> list[tuple[str, Any]]:
+def _rollout_actors(config: Config, inputs: Inputs, place: _Places) -> list[tuple[str, Any]]:
     rollout = config.rollout
     environment = engine_environment(cpus=rollout.cpus_per_replica, gpus=rollout.gpus_per_replica)
     actors = []
@@ -158,6 +172,7 @@ def _rollout_actors(config: Config, inputs: Inputs) -> list[tuple[str, Any]]:
             cpus=rollout.cpus_per_replica,
             gpus=rollout.gpus_per_replica,
             environment=environment,
+            place=place.next(),
             # one call per group, of one rollout in an evaluation; a weight swap must never queue behind them
             max_concurrency=rollout.slots + SPARE_CALLS,
         )
@@ -165,7 +180,7 @@ def _rollout_actors(config: Config, inputs: Inputs) -> list[tuple[str, Any]]:
     return actors
 
 
-def _learner_actors(config: Config, inputs: Inputs) -> list[Any]:
+def _learner_actors(config: Config, inputs: Inputs, place: _Places) -> list[Any]:
     train = config.train
     loss_name, loss_parameters = _row(config.algo.loss)
     correction_name, correction_parameters = _row(config.algo.correction)
@@ -185,6 +200,7 @@ def _learner_actors(config: Config, inputs: Inputs) -> list[Any]:
             cpus=train.cpus_per_rank,
             gpus=train.gpus_per_rank,
             environment=environment,
+            place=place.next(),
         ).remote(rank, arguments, config.model.dtype)
         for rank in range(train.ranks)
     ]
@@ -207,11 +223,14 @@ def _actor(
     cpus: float,
     gpus: float = 0.0,
     environment: dict[str, str] | None = None,
+    place: PlacementGroupSchedulingStrategy | None = None,
     max_concurrency: int | None = None,
 ) -> Any:
     """A Ray actor class with its resources. A name of None is for actors that are replaced under the same name, which
     Ray frees too late; their repr still tells what they are."""
-    options = {"name": name, "num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0}
+    options: dict[str, Any] = {"name": name, "num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0}
+    if place is not None:
+        options["scheduling_strategy"] = place
     if max_concurrency is not None:
         options["max_concurrency"] = max_concurrency
     return ray.remote(cls).options(runtime_env={"env_vars": environment or {}}, **options)
