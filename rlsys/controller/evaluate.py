@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 
-from rlsys.records import NOT_SAMPLED, Prompt, RolloutGroup, Version
+from rlsys.controller.parts import Parts
+from rlsys.controller.plan import Plan
+from rlsys.controller.roster import Roster
+from rlsys.errors import EngineLost
+from rlsys.records import NOT_SAMPLED, DropCause, DroppedRollout, Prompt, RolloutGroup, Version
+from rlsys.rollout.play import PlaySpec
+
+EVAL_SHARE = 0.5  # of the slots: an evaluation beside the training must leave room for it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,12 +22,14 @@ class EvalReport:
     """Result of one evaluation.
 
     Attributes:
+        source: where the questions come from.
         accuracy: share of the scored answers that are correct.
         pass_at: k to unbiased pass@k.
         num_scored, num_lost: answers; lost ones (a failed reward, a dead engine) count neither way.
         oldest, newest: versions that sampled the answers.
     """
 
+    source: str
     accuracy: float
     pass_at: dict[int, float]
     num_scored: int
@@ -28,9 +37,9 @@ class EvalReport:
     oldest: Version
     newest: Version
 
-    def metrics(self, source: str) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {
-            f"val-core/{source}/acc/mean@1": self.accuracy,
+            f"val-core/{self.source}/acc/mean@1": self.accuracy,
             "eval/version_oldest": float(self.oldest.step),
             "eval/version_newest": float(self.newest.step),
             "eval/lost": float(self.num_lost),
@@ -81,6 +90,7 @@ async def evaluate(
         for code in (rollout.versions_T[rollout.versions_T != NOT_SAMPLED][[0, -1]])
     ]
     return EvalReport(
+        source=prompts[0].draw.source,
         accuracy=sum(map(sum, correct_by_group)) / num_scored if num_scored else 0.0,
         pass_at={k: _mean_pass_at(correct_by_group, k) for k in pass_at},
         num_scored=num_scored,
@@ -93,3 +103,54 @@ async def evaluate(
 def _mean_pass_at(correct_by_group: Sequence[Sequence[bool]], k: int) -> float:
     estimates = [pass_at_k(len(correct), sum(correct), k) for correct in correct_by_group if len(correct) >= k]
     return sum(estimates) / len(estimates) if estimates else 0.0
+
+
+class Evaluator:
+    """Evaluates on the run's own engines, with its own rewards.
+
+    Args:
+        play, score: as the training does it: a group on slots that are held already; its rewards.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        plan: Plan,
+        roster: Roster,
+        *,
+        play: Callable[[str, Prompt, PlaySpec], Awaitable[RolloutGroup]],
+        score: Callable[[RolloutGroup], Awaitable[RolloutGroup]],
+    ) -> None:
+        self._parts, self._plan, self._roster = parts, plan, roster
+        self._play, self._score = play, score
+        self._num_rounds = 0
+
+    async def run(self, name: str, pass_samples: int) -> tuple[EvalReport, EvalReport | None]:
+        """Greedy answers, and ``pass_samples`` sampled ones per question where that is not 0."""
+        began, spec = self._parts.clock.now(), self._plan.spec
+        greedy = await self._round(replace(spec, group_size=1, temperature=0.0), ())
+        sampled = (
+            await self._round(replace(spec, group_size=pass_samples), self._plan.pass_at) if pass_samples else None
+        )
+        shown = greedy.describe() + (sampled.describe_pass_at() if sampled else "")
+        self._parts.sink.event(f"{name}: {shown}, {self._parts.clock.now() - began:.1f} s")
+        self._parts.sink.live({"eval/accuracy": greedy.accuracy})
+        return greedy, sampled
+
+    async def _round(self, spec: PlaySpec, pass_at: Sequence[int]) -> EvalReport:
+        self._num_rounds += 1  # request ids of one round must not meet those of another
+        prompts = [replace(prompt, attempt=self._num_rounds) for prompt in self._parts.source.eval_prompts()]
+        share = EVAL_SHARE * self._plan.slots * len(self._roster.names)
+        places = asyncio.Semaphore(max(1, int(share) // spec.group_size))
+
+        async def ask(prompt: Prompt) -> RolloutGroup:
+            try:
+                async with places:
+                    engine = await self._roster.acquire(spec.group_size)  # whoever holds slots has a deadline
+                    group = await self._play(engine, prompt, spec)
+                return await self._score(group) if group.rollouts else group
+            except EngineLost as error:
+                lost = DroppedRollout(rollout_id=prompt.group_id, cause=DropCause.ENGINE_LOST, detail=str(error))
+                return RolloutGroup(prompt=prompt, rollouts=(), dropped=(lost,) * spec.group_size)
+
+        return await evaluate(prompts, ask, correct_at=self._plan.correct_at, pass_at=pass_at)

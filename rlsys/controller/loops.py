@@ -24,7 +24,7 @@ one batch, and a publication waits for every engine.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -37,7 +37,7 @@ from rlsys.buffer.staleness import (
     staleness_of,
 )
 from rlsys.controller.deadline import within
-from rlsys.controller.evaluate import EvalReport, evaluate
+from rlsys.controller.evaluate import Evaluator
 from rlsys.controller.failures import first_failure
 from rlsys.controller.ledger import Ledger, Stage
 from rlsys.controller.parts import Parts
@@ -47,7 +47,7 @@ from rlsys.controller.stats import batch_metrics, drop_metrics
 from rlsys.controller.sync import WeightSync
 from rlsys.controller.totals import Totals
 from rlsys.errors import EngineLost, LawBroken, TooManyDrops, WaitTimeout
-from rlsys.records import DropCause, DroppedRollout, Prompt, RolloutGroup, Version
+from rlsys.records import DropCause, Prompt, RolloutGroup, Version
 from rlsys.rollout.play import PlaySpec
 
 Answer = TypeVar("Answer")
@@ -56,7 +56,6 @@ LOST_GROUPS_IN_A_ROW = 64  # groups lost whole, one after another, before the ru
 LIVE_PERIOD_S = 0.5  # between two updates of the progress view
 BUFFER_ANSWER_S = 60.0  # deadline of a buffer call beyond its own wait
 TAKE_WAIT_S = 1.0  # one wait for a batch; between two of them pending work is looked after
-EVAL_SHARE = 0.5  # of the slots: an evaluation beside the training must leave room for it
 FAULTS = frozenset({DropCause.ENGINE_REFUSED, DropCause.EMPTY})  # asking again would end the same way
 
 
@@ -78,14 +77,14 @@ class Loops:
             export_timeout_s=plan.step_timeout_s,
             load_timeout_s=plan.play_timeout_s,
         )
+        self.evaluator = Evaluator(parts, plan, self.roster, play=self._play, score=self._score)
         self._limit = lead_limit(max_staleness=plan.max_staleness, batch_rollouts=plan.batch_rollouts)
         self._lead_fell = asyncio.Event()
         self._eval_due = asyncio.Event()
         self._eval_metrics: dict[str, float] = {}
         self._groups_trained = version.step * plan.prompts_per_batch
         self._lost_in_a_row = 0
-        self._num_evals = 0
-        self._learner_waits = False
+        self._learner_waits = self._told_of_equal_rewards = False
 
     async def run(self) -> None:
         """Evaluate, train ``plan.steps`` batches, evaluate. The first failure of any loop ends all, and is raised."""
@@ -297,6 +296,12 @@ class Loops:
         ages = self._ages(lease, step)
         metrics = {**timing, **batch_metrics(lease.groups, ages), **drop_metrics(self.ledger.dropped)}
         self.totals.book(lease.groups, ages)
+        if metrics["critic/groups_without_variance"] == 1.0 and not self._told_of_equal_rewards:
+            self._told_of_equal_rewards = True
+            score = metrics["critic/score/mean"]
+            self.parts.sink.event(
+                f"step {step}: the rewards of every group are equal (mean {score:g}): nothing to learn"
+            )
         metrics |= self.sync.drain_metrics()
         metrics |= self._eval_metrics
         self._eval_metrics = {}
@@ -338,42 +343,12 @@ class Loops:
         self._lead_fell.set()
 
     async def _evaluate(self, name: str, pass_samples: int) -> None:
-        """Greedy accuracy on the held-out questions, and pass@k from samples where asked for."""
-        began, spec, pass_at = self.parts.clock.now(), self.plan.spec, self.plan.pass_at
-        self._num_evals += 1  # request ids of one evaluation must not meet those of another
-        prompts = [replace(prompt, attempt=self._num_evals) for prompt in self.parts.source.eval_prompts()]
-        greedy = await self._ask_all(prompts, replace(spec, group_size=1, temperature=0.0), ())
-        self._num_evals += 1
-        prompts = [replace(prompt, attempt=self._num_evals) for prompt in prompts]
-        sampled = (
-            await self._ask_all(prompts, replace(spec, group_size=pass_samples), pass_at) if pass_samples else None
-        )
+        greedy, sampled = await self.evaluator.run(name, pass_samples)
         if name == "eval":
-            self._eval_metrics |= greedy.metrics(prompts[0].draw.source)
+            self._eval_metrics |= greedy.metrics()
         else:
             self.totals.evals |= {name: greedy.accuracy}
             self.totals.evals |= {f"{name}_pass_at_{k}": share for k, share in (sampled or greedy).pass_at.items()}
-        seconds = self.parts.clock.now() - began
-        self.parts.sink.event(
-            f"{name}: {greedy.describe()}{sampled.describe_pass_at() if sampled else ''}, {seconds:.1f} s"
-        )
-        self.parts.sink.live({"eval/accuracy": greedy.accuracy})
-
-    async def _ask_all(self, prompts: Sequence[Prompt], spec: PlaySpec, pass_at: Sequence[int]) -> EvalReport:
-        share = EVAL_SHARE * self.plan.slots * len(self.roster.names)
-        places = asyncio.Semaphore(max(1, int(share) // spec.group_size))
-
-        async def ask(prompt: Prompt) -> RolloutGroup:
-            try:
-                async with places:
-                    engine = await self.roster.acquire(spec.group_size)  # whoever holds slots has a deadline
-                    group = await self._play(engine, prompt, spec)
-                return await self._score(group) if group.rollouts else group
-            except EngineLost as error:
-                lost = DroppedRollout(rollout_id=prompt.group_id, cause=DropCause.ENGINE_LOST, detail=str(error))
-                return RolloutGroup(prompt=prompt, rollouts=(), dropped=(lost,) * spec.group_size)
-
-        return await evaluate(prompts, ask, correct_at=self.plan.correct_at, pass_at=pass_at)
 
     # --- small things ------------------------------------------------------------------------------------------------
 

@@ -177,3 +177,17 @@ def test_rollouts_that_never_get_on_are_found_and_named():
 
     with pytest.raises(WaitTimeout, match="scoring 32"):
         simulate(World(stall_s=20.0, score_timeout_s=1e7), hang)
+
+
+@pytest.mark.parametrize("rewards", [(0.0, 0.0), (0.0, 1.0)])
+def test_a_batch_without_any_difference_in_reward_is_told_once(rewards):
+    def reward_by_member(loops, fleet):
+        async def score(group):
+            pairs = enumerate(group.rollouts)
+            return replace(group, rollouts=tuple(replace(rollout, reward=rewards[k % 2]) for k, rollout in pairs))
+
+        loops.parts.scorer.score = score
+
+    events = [event for event in simulate(World(), reward_by_member).sink.events if "nothing to learn" in event]
+    told = ["step 0: the rewards of every group are equal (mean 0): nothing to learn"]
+    assert events == (told if rewards == (0.0, 0.0) else [])
