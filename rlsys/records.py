@@ -63,11 +63,6 @@ def steps_of(versions_T: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.where(versions_T == NOT_SAMPLED, NOT_SAMPLED, versions_T & 0xFFFFFFFF)
 
 
-def incarnations_of(versions_T: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Incarnation of each version code; ``NOT_SAMPLED`` stays as it is. Shape [T] to [T]."""
-    return np.where(versions_T == NOT_SAMPLED, NOT_SAMPLED, versions_T >> _INCARNATION_SHIFT)
-
-
 class StopReason(Enum):
     """Why a rollout ended."""
 

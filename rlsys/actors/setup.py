@@ -20,9 +20,7 @@ from rlsys.actors.inputs import Inputs
 from rlsys.actors.learner import LearnerActor, RayLearner
 from rlsys.actors.reward import RayRewardWorker, RewardActor
 from rlsys.actors.rollout import RayFleet, RolloutActor
-from rlsys.algo.advantages import ADVANTAGES
-from rlsys.algo.corrections import CORRECTIONS
-from rlsys.algo.losses import POLICY_LOSSES
+from rlsys.algo import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
 from rlsys.batch.build import build
 from rlsys.batch.pack import pack
 from rlsys.batch.tensors import Batch

@@ -53,9 +53,6 @@ class RunFolder:
         """Where the trained model is exported."""
         return self.path / "model"
 
-    def checkpoint_path(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step_{step}"
-
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write the resolved configuration. ``config`` holds plain values (pydantic's ``model_dump(mode="json")``)."""
         write_atomically(self.config_path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))

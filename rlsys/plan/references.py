@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 
-from rlsys.algo.advantages import ADVANTAGES
-from rlsys.algo.corrections import CORRECTIONS
-from rlsys.algo.losses import POLICY_LOSSES
+from rlsys.algo import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
 from rlsys.config.load import TINY
 from rlsys.config.schema import Config, Row
 from rlsys.errors import ConfigError

@@ -74,12 +74,6 @@ class LearnerRank:
         self._engine: Any = None
         self._rank = 0
         self._world_size = 1
-        self._num_batches = 0
-
-    @property
-    def step_number(self) -> int:
-        """Number of batches trained so far."""
-        return self._num_batches
 
     @property
     def vocab_size(self) -> int:
@@ -134,7 +128,6 @@ class LearnerRank:
             own, grad_norm = self._train_part(part, proximal, batch.version)
             measures = merge(measures, own)
             grad_norms.append(grad_norm)
-        self._num_batches += 1
         return {
             **parallel.reduce(measures, self._device),
             "actor/grad_norm": sum(grad_norms) / len(grad_norms),

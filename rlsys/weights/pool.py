@@ -48,13 +48,11 @@ class SegmentPool:
 
     def publish(self, name: str) -> None:
         """The acquired segment now holds the newest version; the one before it is protected by its readers only."""
-        self._end_writing(name)
+        if name not in self._writing:
+            raise ValueError(f"segment {name} was not acquired")
+        self._writing.remove(name)
         self._readable.add(name)
         self._newest = name
-
-    def abandon(self, name: str) -> None:
-        """The acquired segment was not written to the end: it is free again, and unreadable."""
-        self._end_writing(name)
 
     def add_reader(self, name: str) -> None:
         """Somebody starts to read. Raises ValueError where the segment holds no published version (any more)."""
@@ -67,8 +65,3 @@ class SegmentPool:
         if not self._num_readers.get(name):
             raise ValueError(f"segment {name} has no reader to remove")
         self._num_readers[name] -= 1
-
-    def _end_writing(self, name: str) -> None:
-        if name not in self._writing:
-            raise ValueError(f"segment {name} was not acquired")
-        self._writing.remove(name)

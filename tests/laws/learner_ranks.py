@@ -132,7 +132,6 @@ def train_rank(
             metrics.extend(learner.step(batch) for batch in batches)
         except Diverged as error:
             diverged = str(error)
-        assert learner.step_number == len(metrics)
         learner.export(lambda name, tensor: after.update({name: tensor.float().numpy().copy()}))
         logprobs = learner.probe_logprobs(probe) if probe else []
         if save_to:

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.algo.advantages import ADVANTAGES
+from rlsys.algo import ADVANTAGES
 from rlsys.batch.build import build
 from rlsys.buffer.replay import ReplayBuffer
 from rlsys.buffer.staleness import first_trained_step

@@ -13,9 +13,7 @@ import pytest
 import torch
 
 from rlsys.actors.clock import WallClock
-from rlsys.algo.advantages import ADVANTAGES
-from rlsys.algo.corrections import CORRECTIONS
-from rlsys.algo.losses import POLICY_LOSSES
+from rlsys.algo import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
 from rlsys.batch.build import build
 from rlsys.batch.pack import pack
 from rlsys.buffer.replay import ReplayBuffer

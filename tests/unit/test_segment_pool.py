@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,15 +22,7 @@ def test_newest_version_stays_until_a_newer_one_is_published():
     assert pool.acquire() == "a"
 
 
-def test_an_abandoned_segment_is_free_but_unreadable():
-    pool = SegmentPool(["a", "b"])
-    pool.abandon(pool.acquire())
-    with pytest.raises(ValueError, match="no published version"):
-        pool.add_reader("a")
-    assert pool.acquire() == "a"
-
-
-STEPS = st.lists(st.tuples(st.sampled_from(["acquire", "publish", "abandon", "read", "leave"]), st.integers(0, 9)))
+STEPS = st.lists(st.tuples(st.sampled_from(["acquire", "publish", "read", "leave"]), st.integers(0, 9)))
 
 
 @given(steps=STEPS, num_segments=st.integers(2, 3))
@@ -53,8 +44,6 @@ def test_a_segment_being_read_is_never_handed_out(steps, num_segments):
         elif act == "publish" and writing:
             newest = writing.pop(pick % len(writing))
             pool.publish(newest)
-        elif act == "abandon" and writing:
-            pool.abandon(writing.pop(pick % len(writing)))
         elif act == "read" and newest is not None:
             pool.add_reader(newest)
             readers.append(newest)
