@@ -23,7 +23,7 @@ from rlsys.prompts.source import PromptSource, default_reward_path, load_questio
 from rlsys.records import Message
 from rlsys.reward.load import check_reward, load_reward
 from rlsys.rollout.play import opening_tokens
-from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS
+from rlsys.rollout.vllm_settings import refuse_owned_arguments
 from rlsys.tiny.model import MAX_POSITIONS, make_tokenizer
 from rlsys.train.deepspeed_config import deepspeed_config
 
@@ -134,15 +134,9 @@ def check_row(key: str, row: Row, table: Mapping[str, Callable[..., Any]], tried
 
 def check_vllm_options(config: Config) -> None:
     """The names in ``rollout.vllm`` are arguments of vLLM's engine, and none that rlsys sets itself."""
+    refuse_owned_arguments(config.rollout.vllm)
     known = _vllm_arguments()
-    for name, value in config.rollout.vllm.items():
-        if name in OWNED_ARGUMENTS:
-            raise ConfigError(
-                f"rollout.vllm.{name}",
-                got=repr(value),
-                wanted="an engine argument that rlsys does not set itself",
-                remedy=f"remove it: {OWNED_ARGUMENTS[name]}",
-            )
+    for name in config.rollout.vllm:
         if known and name not in known:
             raise ConfigError(
                 f"rollout.vllm.{name}",

@@ -28,10 +28,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from rlsys.errors import ConfigError, EngineLost, RequestRefused, WaitTimeout, WeightsRefused
 from rlsys.records import LoadReport, StopReason, Turn, Version, WeightVersion
 from rlsys.rollout.engine import GenerateRequest
-from rlsys.rollout.vllm_settings import BACKEND, VllmSettings
+from rlsys.rollout.vllm_settings import VllmSettings
 from rlsys.weights.probe import TOLERANCE, check_probe
 from rlsys.weights.segment import SegmentReader
-from rlsys.weights.vllm_plugin import init_info, update_info
+from rlsys.weights.vllm_plugin import BACKEND, init_info, update_info
 
 PROBE_PRIORITY = -1  # smaller goes first; rollouts have 0
 _STOP_REASONS = {"stop": StopReason.EOS, "length": StopReason.LENGTH}

@@ -13,7 +13,6 @@ from rlsys.errors import ConfigError
 from rlsys.weights.probe import NUM_SEQUENCES, NUM_TOKENS
 
 PLUGIN = "rlsys.weights.vllm_plugin.WorkerExtension"
-BACKEND = "rlsys_shm"  # as the plugin registers itself
 
 # engine arguments that follow from other keys or carry the engine contract, and where they come from
 _CONTRACT = "part of how rlsys drives an engine; it cannot be changed"
@@ -30,6 +29,18 @@ OWNED_ARGUMENTS = {
     "scheduling_policy": _CONTRACT,
     "enable_chunked_prefill": _CONTRACT,
 }
+
+
+def refuse_owned_arguments(vllm: Mapping[str, Any]) -> None:
+    """Raises ConfigError where ``rollout.vllm`` names an argument that rlsys sets itself."""
+    for key, value in vllm.items():
+        if key in OWNED_ARGUMENTS:
+            raise ConfigError(
+                f"rollout.vllm.{key}",
+                got=repr(value),
+                wanted="an engine argument that rlsys does not set itself",
+                remedy=f"remove it: {OWNED_ARGUMENTS[key]}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,14 +78,7 @@ class VllmSettings:
     worker_extension: str = PLUGIN
 
     def __post_init__(self) -> None:
-        for key in self.vllm:
-            if key in OWNED_ARGUMENTS:
-                raise ConfigError(
-                    f"rollout.vllm.{key}",
-                    got=repr(self.vllm[key]),
-                    wanted="an engine argument that rlsys does not set itself",
-                    remedy=f"remove it: {OWNED_ARGUMENTS[key]}",
-                )
+        refuse_owned_arguments(self.vllm)
 
     def arguments(self, *, on_cpu: bool) -> dict[str, Any]:
         """Keywords of vLLM's ``AsyncEngineArgs``, but for the weight transfer config, which is a vLLM object."""
