@@ -95,7 +95,7 @@ def _make_tiny(out: Path, seed: int) -> int:
         raise ConfigError(
             f"OUT {out}", got="something is there already", wanted="a new or empty folder", remedy="name another folder"
         )
-    from rlsys.tiny import make_tiny
+    from rlsys.models.tiny import make_tiny
 
     make_tiny(out, seed=seed)
     typer.echo(f"made {out}")

@@ -66,6 +66,14 @@ class LearnerFailed(RlsysError):
     """A learner rank died or hung; the group of ranks cannot go on."""
 
 
+class CheckpointFailed(RlsysError):
+    """A checkpoint could not be written (for example because the disk is full). The ones before it still stand."""
+
+
+class CheckpointDamaged(RlsysError):
+    """A checkpoint is not what its manifest says: a file is missing, cut short or changed."""
+
+
 class TooManyDrops(RlsysError):
     """So many rollouts in a row were dropped that the run cannot be trusted to go on."""
 

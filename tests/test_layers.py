@@ -18,7 +18,7 @@ LAYERS = (
     {"algo", "observe"},
     {"prompts", "envs", "reward", "buffer", "weights"},
     {"batch"},
-    {"rollout", "train", "tiny"},
+    {"rollout", "train", "models"},
     {"controller"},
     {"actors"},
     {"sim", "plan"},

@@ -165,6 +165,13 @@ class EvalSection(Section):
     """The k of pass@k; each at most ``samples``."""
 
 
+class CheckpointSection(Section):
+    every_steps: Annotated[int, Field(ge=0)] = 10
+    """A checkpoint every so many steps, beside those after the last step and at a stop; 0: only those."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """How many checkpoints are kept, the newest ones."""
+
+
 class ObserveSection(Section):
     tensorboard: bool = True
     """Write TensorBoard event files."""
@@ -188,6 +195,7 @@ class Config(Section):
     rollout: RolloutSection = RolloutSection()
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     observe: ObserveSection = ObserveSection()
     ray: RaySection = RaySection()
 

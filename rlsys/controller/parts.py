@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlsys.buffer.replay import BufferCounts, Take
+from rlsys.controller.state import RunState
+from rlsys.prompts.source import SourceCounts
 from rlsys.records import LoadReport, Prompt, RolloutGroup, StepReport, Version, WeightVersion
 from rlsys.rollout.clock import Clock
 from rlsys.rollout.play import PlaySpec
@@ -49,9 +51,28 @@ class Buffer(Protocol):
 
     async def counts(self) -> BufferCounts: ...
 
+    async def groups(self) -> tuple[RolloutGroup, ...]:
+        """Every group that is here, leased ones first, in the order in which they would be trained."""
+        ...
+
+    async def restore(self, groups: Sequence[RolloutGroup], num_trained: int) -> None:
+        """Begin where another buffer stood: its groups, and the rollouts it had trained."""
+        ...
+
 
 class Source(Protocol):
     def next(self) -> Prompt: ...
+
+    def counts(self) -> SourceCounts: ...
+
+    def cursor(self, unfinished: Sequence[Prompt]) -> Mapping[str, Any]:
+        """Where the source stands, as plain JSON. ``unfinished`` draws were handed out and not trained: a source
+        restored from this cursor asks them again, first of all."""
+        ...
+
+    def restore(self, cursor: Mapping[str, Any]) -> None:
+        """Raises ConfigError for a cursor of other questions or another seed."""
+        ...
 
     def requeue(self, prompt: Prompt) -> bool:
         """Ask a lost draw again. False where it was asked too often already and is given up."""
@@ -74,8 +95,21 @@ class Learner(Protocol):
         ...
 
 
+class Checkpoints(Protocol):
+    async def save(self, state: RunState) -> None:
+        """Keep ``state`` and the learner's, so that a later run can go on from it. The learner stands still meanwhile.
+
+        Raises CheckpointFailed; the checkpoints before it still stand.
+        """
+        ...
+
+
 class Sink(Protocol):
     """Where the controller reports to."""
+
+    def commit(self, version: Version, draws: Sequence[str]) -> None:
+        """``draws`` were trained into ``version`` (law 5 is audited on these lines)."""
+        ...
 
     def step(self, step: int, version: Version, metrics: Mapping[str, float]) -> None: ...
 
@@ -99,6 +133,7 @@ class Parts:
     scorer: Scorer
     buffer: Buffer
     learner: Learner
+    checkpoints: Checkpoints
     make_batch: Callable[[Sequence[RolloutGroup], int], Any]
     segments: SegmentPool
     sink: Sink

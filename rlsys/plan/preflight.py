@@ -12,7 +12,7 @@ from rlsys.config.schema import Config
 from rlsys.plan import facts
 from rlsys.plan.facts import Found
 from rlsys.plan.references import check_references
-from rlsys.tiny import tiny_model_path
+from rlsys.models.tiny import tiny_model_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,7 @@ from rlsys.records import Message
 from rlsys.reward.load import check_reward, load_reward
 from rlsys.rollout.play import opening_tokens
 from rlsys.rollout.vllm_settings import refuse_owned_arguments
-from rlsys.tiny.model import MAX_POSITIONS, make_tokenizer
+from rlsys.models.tiny.model import MAX_POSITIONS, make_tokenizer
 from rlsys.train.deepspeed_config import deepspeed_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")

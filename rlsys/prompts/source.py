@@ -41,6 +41,19 @@ class LoadedData:
     split: Split
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceCounts:
+    """Draws of a source (law 5: what was drawn is trained, waiting, on its way, or given up; nothing else).
+
+    Attributes:
+        drawn: different draws handed out so far, or waiting to be.
+        waiting: of these, lost ones that wait to be asked again.
+    """
+
+    drawn: int
+    waiting: int
+
+
 class PromptSource:
     """Hands out training questions, one draw at a time. Not thread-safe: the controller's loop alone draws.
 
@@ -89,16 +102,29 @@ class PromptSource:
         """Every held-out question once, in a fixed order; their draws' source is named ``<name>-eval``."""
         return self._eval_prompts
 
-    def cursor(self) -> Cursor:
-        """Where the source stands, as plain JSON; ``restore`` goes on from there. Draws handed out and not yet
-        trained are not in it: who resumes requeues them."""
+    def counts(self) -> SourceCounts:
+        drawn = self._epoch * len(self._questions) + self._position
+        return SourceCounts(drawn=drawn, waiting=len(self._requeued))
+
+    def draw(self, index: int, epoch: int, attempt: int) -> Prompt:
+        """The question of a draw that was handed out before."""
+        return replace(_ask(self._questions[index], Draw(source=self.name, index=index, epoch=epoch)), attempt=attempt)
+
+    def cursor(self, unfinished: Sequence[Prompt] = ()) -> Cursor:
+        """Where the source stands, as plain JSON; ``restore`` goes on from there.
+
+        ``unfinished`` draws were handed out and are neither trained nor given up: the restored source asks them again,
+        in their order and before everything else.
+        """
         return {
             "source": self.name,
             "seed": self._seed,
             "fingerprint": self._fingerprint,
             "epoch": self._epoch,
             "position": self._position,
-            "requeued": [[prompt.draw.index, prompt.draw.epoch, prompt.attempt] for prompt in self._requeued],
+            "requeued": [
+                [prompt.draw.index, prompt.draw.epoch, prompt.attempt] for prompt in (*unfinished, *self._requeued)
+            ],
         }
 
     def restore(self, cursor: Cursor) -> None:
@@ -118,10 +144,7 @@ class PromptSource:
                 )
         self._epoch, self._position = cursor["epoch"], cursor["position"]
         self._order = self._permutation(self._epoch)
-        self._requeued = deque(
-            replace(_ask(self._questions[index], Draw(source=self.name, index=index, epoch=epoch)), attempt=attempt)
-            for index, epoch, attempt in cursor["requeued"]
-        )
+        self._requeued = deque(self.draw(index, epoch, attempt) for index, epoch, attempt in cursor["requeued"])
 
     def _permutation(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._questions))

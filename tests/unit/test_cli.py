@@ -135,7 +135,7 @@ def test_make_model_writes_into_no_folder_that_holds_something(tmp_path):
 def test_make_model_hands_on_folder_and_seed(tmp_path, monkeypatch):
     made = []
     tiny = SimpleNamespace(make_tiny=lambda out, *, seed: made.append((out, seed)))
-    monkeypatch.setitem(sys.modules, "rlsys.tiny", tiny)
+    monkeypatch.setitem(sys.modules, "rlsys.models.tiny", tiny)
     result = invoke("make-model", "tiny", str(tmp_path / "out"), "--seed", "3")
     assert result.exit_code == 0, result.output
     assert made == [(tmp_path / "out", 3)]

@@ -14,9 +14,9 @@ from rlsys.errors import RlsysError
 from rlsys.prompts.question import Question, question_key
 from rlsys.prompts.source import load_questions
 from rlsys.rollout.play import opening_tokens
-from rlsys.tiny import make, make_tiny, tiny_model_path
-from rlsys.tiny.model import make_random_model, make_tokenizer
-from rlsys.tiny.warmup import (
+from rlsys.models.tiny import make, make_tiny, tiny_model_path
+from rlsys.models.tiny.model import make_random_model, make_tokenizer
+from rlsys.models.tiny.warmup import (
     Recipe,
     draw_lessons,
     greedy_accuracy,

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from rlsys.errors import RlsysError
 from rlsys.prompts import question, split, tasks
-from rlsys.tiny import model as model_file
-from rlsys.tiny import warmup as warmup_file
-from rlsys.tiny.model import make_random_model, make_tokenizer
-from rlsys.tiny.warmup import Progress, Recipe, lesson_questions, render_lessons, warm_up
+from rlsys.models.tiny import model as model_file
+from rlsys.models.tiny import warmup as warmup_file
+from rlsys.models.tiny.model import make_random_model, make_tokenizer
+from rlsys.models.tiny.warmup import Progress, Recipe, lesson_questions, render_lessons, warm_up
 
 TIED_HEAD = "lm_head.weight"  # the embedding itself: not written a second time
 BAND = (1 / 3, 1 / 2)  # accuracy that leaves reinforcement learning something to build on, and something to learn

@@ -1,0 +1,39 @@
+"""Where a run stands between two steps: everything but the learner's weights, which are saved beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlsys.records import DropCause, RolloutGroup, Version
+
+START = Version(incarnation=0, step=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunState:
+    """What a run goes on from.
+
+    Attributes:
+        version: of the weights.
+        cursor: of the source, every draw that was handed out and neither trained nor given up included, except those of
+            ``groups``; None at the very start.
+        groups: finished groups that wait to be trained, in their order.
+        trained: rollouts.
+        dropped: rollouts by cause.
+        given_up: draws that were lost and are not asked again.
+        totals: figures of the run so far, as ``Totals.saved`` gives them.
+
+    Example:
+        >>> RunState().version.step
+        0
+    """
+
+    version: Version = START
+    cursor: Mapping[str, Any] | None = None
+    groups: tuple[RolloutGroup, ...] = ()
+    trained: int = 0
+    dropped: Mapping[DropCause, int] = field(default_factory=dict)
+    given_up: int = 0
+    totals: Mapping[str, Any] = field(default_factory=dict)

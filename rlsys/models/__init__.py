@@ -1,0 +1,1 @@
+"""Models that rlsys can make: the embedded one, and folders of pretrained weights that come as Python packages."""
