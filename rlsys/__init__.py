@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def run(config: str | Path | Config, overrides: Sequence[str] = ()) -> RunResult:
+def run(config: str | Path | Config, overrides: Sequence[str] = (), *, resume: bool = False) -> RunResult:
     """Train as ``config`` says, here: start or join Ray, run to the end, leave the run folder behind. The same as
     ``rlsys.train(...)``.
 
     Args:
         config: path of a YAML file, or a ``Config``.
         overrides: ``key=value`` words with dotted keys, which win over the file.
+        resume: go on from the newest checkpoint in the run folder; start where there is none yet; do nothing where the
+            run is finished.
 
     Raises:
         ConfigError: the configuration cannot work; nothing was started.
@@ -41,17 +43,22 @@ def run(config: str | Path | Config, overrides: Sequence[str] = ()) -> RunResult
     resolved = resolve(given)
     from rlsys.plan.preflight import preflight, run_inputs
 
-    found = preflight(resolved).found
-    from rlsys.actors.run import run_training
+    found = preflight(resolved, resume=resume).found
+    from rlsys.actors.run import finished, run_training
 
-    return run_training(resolved, run_inputs(resolved, found))
+    if resume and (result := finished(resolved)) is not None:
+        print(f"{result.folder} is finished, {result.figures['steps']} steps: nothing to do (run.steps=N goes further)")
+        return result
+    return run_training(resolved, run_inputs(resolved, found), resume=resume)
 
 
 class _CallableModule(ModuleType):
     """``rlsys.train`` is the package of the learner and, called, the way to start a run: both names are public."""
 
-    def __call__(self, config: str | Path | Config, overrides: Sequence[str] = ()) -> RunResult:
-        return run(config, overrides)
+    def __call__(
+        self, config: str | Path | Config, overrides: Sequence[str] = (), *, resume: bool = False
+    ) -> RunResult:
+        return run(config, overrides, resume=resume)
 
 
 importlib.import_module("rlsys.train").__class__ = _CallableModule

@@ -49,12 +49,37 @@ def _common(
     """Options before the command."""
 
 
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the newest checkpoint; start where there is none yet.")
+]
+
+
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
+def train(config: ConfigPath, overrides: Overrides = None, resume: Resume = False) -> None:
     """Train here: start or join Ray, run to the end."""
     import rlsys
 
-    _exit_with(lambda: rlsys.run(config, overrides or []).exit)
+    _exit_with(lambda: rlsys.run(config, overrides or [], resume=resume).exit)
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="URL of the cluster's dashboard; RAY_API_SERVER_ADDRESS, or else http://127.0.0.1:8265."),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Show the run's log and leave with its exit status.")
+    ] = True,
+    retries: Annotated[
+        int, typer.Option(min=0, help="So often a failed run is sent again, to go on from its newest checkpoint.")
+    ] = 0,
+    resume: Resume = False,
+) -> None:
+    """Train as a job of a Ray cluster that runs already."""
+    _exit_with(lambda: _submit(config, overrides or [], address, wait, retries, resume))
 
 
 @app.command()
@@ -76,6 +101,18 @@ def make_model(
 def main() -> None:
     """Entry point of the console script."""
     app()
+
+
+def _submit(path: Path, overrides: list[str], address: str | None, wait: bool, retries: int, resume: bool) -> int:
+    from rlsys.config.checks import check_sections
+    from rlsys.config.load import load_config
+    from rlsys.config.presets import resolve
+
+    config = resolve(load_config(path, overrides))
+    check_sections(config, resume=resume)  # what the config points at is checked where the job runs
+    from rlsys.actors.jobs import submit_run
+
+    return submit_run(config, address=address, wait=wait, retries=retries, resume=resume)
 
 
 def _check(path: Path, overrides: list[str]) -> int:

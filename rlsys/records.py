@@ -58,6 +58,9 @@ class Version:
         return Version(incarnation=self.incarnation, step=self.step + 1)
 
 
+START = Version(incarnation=0, step=0)  # of a new run
+
+
 def steps_of(versions_T: NDArray[np.int64]) -> NDArray[np.int64]:
     """Step of each version code; ``NOT_SAMPLED`` stays as it is. Shape [T] to [T]."""
     return np.where(versions_T == NOT_SAMPLED, NOT_SAMPLED, versions_T & 0xFFFFFFFF)

@@ -16,7 +16,7 @@ LAYERS = (
     {"records", "errors"},
     {"config"},
     {"algo", "observe"},
-    {"prompts", "envs", "reward", "buffer", "weights"},
+    {"prompts", "envs", "reward", "buffer", "weights", "checkpoints"},
     {"batch"},
     {"rollout", "train", "models"},
     {"controller"},

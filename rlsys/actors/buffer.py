@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rlsys.actors.remote import answer
@@ -31,6 +32,12 @@ class RayBuffer:
 
     async def commit(self, lease_id: int, version: Version) -> None:
         await answer(self._actor.commit.remote(lease_id, version), "the replay buffer", RlsysError)
+
+    async def groups(self) -> tuple[RolloutGroup, ...]:
+        return await answer(self._actor.groups.remote(), "the replay buffer", RlsysError)
+
+    async def restore(self, groups: Sequence[RolloutGroup], num_trained: int) -> None:
+        await answer(self._actor.restore.remote(groups, num_trained), "the replay buffer", RlsysError)
 
     async def counts(self) -> BufferCounts:
         return await answer(self._actor.counts.remote(), "the replay buffer", RlsysError)

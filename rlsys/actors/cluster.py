@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup, placement_group
 
 from rlsys.config.schema import Config, RaySection
 from rlsys.errors import ConfigError, RlsysError
 
+START_ONE = "local"  # Ray's word for a cluster of one's own
 ROUNDING = 1e-3  # Ray counts resources in ten-thousandths
 RESERVE_TIMEOUT_S = 60
 
@@ -19,23 +22,44 @@ RESERVE_TIMEOUT_S = 60
 @contextmanager
 def ray_cluster(section: RaySection, namespace: str) -> Iterator[str]:
     """Join the cluster that is named (``ray.address``, else RAY_ADDRESS), or start one; yields the dashboard's URL,
-    empty where there is none. A cluster that was started here is stopped at the end."""
-    address = section.address or os.environ.get("RAY_ADDRESS")
-    # unset, Ray decides by what lies in the home folder whether a token is needed; the same run must not depend on it
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    empty where there is none. A cluster that was started here is stopped at the end.
+
+    Whether a joined cluster wants a token is its own choice: RAY_AUTH_MODE stays as it is. One that is started here
+    wants none unless RAY_AUTH_MODE says so.
+
+    Raises:
+        ConfigError: the cluster that is named cannot be joined.
+    """
+    # a name at all times: without one Ray joins whatever `ray start` left behind on this machine
+    address = section.address or os.environ.get("RAY_ADDRESS") or START_ONE
+    if address == START_ONE:
+        # unset, Ray would want a token and leave one in the home folder, which then changes every later `ray start`
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    context = ray.init(
-        address=address,
-        namespace=namespace,
-        include_dashboard=section.dashboard if address is None else None,
-        log_to_driver=True,
-        logging_level="warning",
-    )
+    options = {"namespace": namespace, "log_to_driver": True, "logging_level": "warning"}
+    if address == START_ONE:
+        context = ray.init(address, include_dashboard=section.dashboard, **options)
+    else:
+        context = _join(address, options)
     try:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     finally:
         ray.shutdown()
+
+
+def _join(address: str, options: Mapping[str, Any]) -> Any:
+    try:
+        return ray.init(address, **options)
+    except (ConnectionError, ValueError, AuthenticationError) as error:
+        cause = f": {str(error.__cause__).strip().splitlines()[-1]}" if error.__cause__ else ""
+        raise ConfigError(
+            f"ray.address or RAY_ADDRESS {address}",
+            got=f"{str(error).partition(chr(10))[0]}{cause}",
+            wanted="a running cluster, HOST:PORT as `ray start --head` prints it",
+            remedy="correct the address, or leave both away to start a cluster for this run. Where the cluster wants a "
+            "token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token with the token",
+        ) from error
 
 
 def check_resources(config: Config) -> None:

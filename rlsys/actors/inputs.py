@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlsys.controller.parts import Source
+from rlsys.prompts.source import PromptSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,4 +23,4 @@ class Inputs:
     longest_prompt: int
     pad_token_id: int
     reward_path: str
-    source: Source
+    source: PromptSource

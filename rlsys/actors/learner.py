@@ -38,8 +38,8 @@ class LearnerActor:
             port = int(free.getsockname()[1])
         return ray.util.get_node_ip_address(), port
 
-    def start(self, world_size: int, master_addr: str, master_port: int, seed: int) -> None:
-        self._learner.start(self._rank, world_size, master_addr, master_port)
+    def start(self, world_size: int, master_addr: str, master_port: int, seed: int, checkpoint: str | None) -> None:
+        self._learner.start(self._rank, world_size, master_addr, master_port, checkpoint)
         self._probe_ids = probe_sequences(self._learner.vocab_size, seed)
 
     def segments(self, run: str) -> list[str]:
@@ -69,6 +69,9 @@ class LearnerActor:
     def save(self, folder: str) -> None:
         self._learner.save_hf(folder)
 
+    def save_checkpoint(self, folder: str) -> None:
+        self._learner.save_checkpoint(folder)
+
     def _writer(self, segment: str) -> Any:
         import torch
 
@@ -84,7 +87,7 @@ class RayLearner:
 
     Args:
         actors: one per rank, in order.
-        incarnation: of the versions it makes.
+        version: of the weights that it starts with.
     """
 
     def __init__(self, actors: Sequence[Any], version: Version) -> None:
@@ -92,12 +95,16 @@ class RayLearner:
         self._version = self._last_good = version
         self._probe: Probe | None = None
 
-    async def start(self, seed: int) -> None:
-        """Imports first, on every rank: a rank that still imports when the others meet makes them time out."""
+    async def start(self, seed: int, checkpoint: str | None) -> None:
+        """Imports first, on every rank: a rank that still imports when the others meet makes them time out.
+
+        ``checkpoint``: folder of ``save_checkpoint`` to go on from; None starts from the model.
+        """
         addresses = await self._all("import", [actor.address.remote() for actor in self._actors])
         host, port = addresses[0]
         world_size = len(self._actors)
-        await self._all("start", [actor.start.remote(world_size, host, port, seed) for actor in self._actors])
+        starts = [actor.start.remote(world_size, host, port, seed, checkpoint) for actor in self._actors]
+        await self._all("start", starts)
 
     async def segments(self, run: str) -> list[str]:
         """Where versions are written: segments on rank 0's machine."""
@@ -123,6 +130,9 @@ class RayLearner:
 
     async def save(self, folder: str) -> None:
         await self._all("save", [actor.save.remote(folder) for actor in self._actors])
+
+    async def save_checkpoint(self, folder: str) -> None:
+        await self._all("save a checkpoint", [actor.save_checkpoint.remote(folder) for actor in self._actors])
 
     async def _all(self, act: str, calls: Sequence[Any]) -> list[Any]:
         """Answers of every rank. A Diverged of any rank is what is raised; else the first failure, which the others

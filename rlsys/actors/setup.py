@@ -14,6 +14,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.actors.buffer import BufferActor, RayBuffer
+from rlsys.actors.checkpoint import RunCheckpoints, Start
 from rlsys.actors.clock import WallClock
 from rlsys.actors.cluster import reserve
 from rlsys.actors.inputs import Inputs
@@ -25,11 +26,13 @@ from rlsys.batch.build import build
 from rlsys.batch.pack import pack
 from rlsys.batch.tensors import Batch
 from rlsys.buffer.staleness import first_trained_step, lead_limit
+from rlsys.checkpoints.store import CheckpointStore
 from rlsys.config.schema import Config, Row
 from rlsys.controller.deadline import within
 from rlsys.controller.loops import Loops
-from rlsys.controller.parts import Parts, Sink
+from rlsys.controller.parts import Parts
 from rlsys.controller.plan import Plan
+from rlsys.observe.sink import RunSink
 from rlsys.records import RolloutGroup, Version
 from rlsys.reward.load import is_async_reward, load_reward
 from rlsys.reward.pool import GRACE_S, RESTART_TIMEOUT_S, RewardPool
@@ -61,12 +64,12 @@ class _Places:
         )
 
 
-async def build_run(config: Config, inputs: Inputs, sink: Sink) -> Built:
-    """Create the actors, wait until every one is up, and hand them to the controller.
+async def build_run(config: Config, inputs: Inputs, sink: RunSink, start: Start, store: CheckpointStore) -> Built:
+    """Create the actors, wait until every one is up, and hand them to the controller, which goes on from ``start``.
 
     Raises RlsysError naming the part that did not come up.
     """
-    version = Version(incarnation=0, step=0)
+    version = start.state.version
     place = _Places(reserve(config))
     fleet = RayFleet(dict(_rollout_actors(config, inputs, place)))
     learner = RayLearner(_learner_actors(config, inputs, place), version)
@@ -79,7 +82,7 @@ async def build_run(config: Config, inputs: Inputs, sink: Sink) -> Built:
     rewards = asyncio.gather(*(worker.ready() for worker in workers))
     await asyncio.gather(
         within(config.rollout.start_timeout_s, "the rollout engines to start", fleet.start()),
-        within(config.train.start_timeout_s, "the learner to start", learner.start(config.run.seed)),
+        within(config.train.start_timeout_s, "the learner to start", learner.start(config.run.seed, start.learner)),
         within(config.train.start_timeout_s, "the reward workers to start", rewards),
     )
     parts = Parts(
@@ -93,12 +96,13 @@ async def build_run(config: Config, inputs: Inputs, sink: Sink) -> Built:
         ),
         buffer=buffer,
         learner=learner,
-        make_batch=partial(make_batch, config, inputs),
+        checkpoints=RunCheckpoints(store, learner, sink.sync_commits),
+        make_batch=partial(make_batch, config, inputs, version.incarnation),
         segments=SegmentPool(await learner.segments(config.run.name)),
         sink=sink,
         clock=WallClock(),
     )
-    return Built(loops=Loops(parts, make_plan(config), version), learner=learner, fleet=fleet)
+    return Built(loops=Loops(parts, make_plan(config), start.state), learner=learner, fleet=fleet)
 
 
 def make_plan(config: Config) -> Plan:
@@ -119,6 +123,7 @@ def make_plan(config: Config) -> Plan:
             max_tokens=rollout.max_tokens,
             seed=config.run.seed,
         ),
+        checkpoint_every_steps=config.checkpoint.every_steps,
         eval_every_steps=config.eval.every_steps,
         pass_samples=config.eval.samples,
         pass_at=config.eval.pass_at,
@@ -131,7 +136,7 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def make_batch(config: Config, inputs: Inputs, groups: Sequence[RolloutGroup], step: int) -> Batch:
+def make_batch(config: Config, inputs: Inputs, incarnation: int, groups: Sequence[RolloutGroup], step: int) -> Batch:
     """Advantages, then microbatches: what the learner is handed to train ``step``."""
     name, parameters = _row(config.algo.advantage)
     oldest = first_trained_step(
@@ -144,7 +149,7 @@ def make_batch(config: Config, inputs: Inputs, groups: Sequence[RolloutGroup], s
         steps_per_batch=config.train.steps_per_batch,
         tokens_per_microbatch=config.train.tokens_per_microbatch,
         pad_token_id=inputs.pad_token_id,
-        version=Version(incarnation=0, step=step),
+        version=Version(incarnation=incarnation, step=step),
     )
 
 

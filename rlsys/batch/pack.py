@@ -12,7 +12,7 @@ import torch
 
 from rlsys.batch.tensors import Batch, Microbatch, RankBatch, RankPart, Segment
 from rlsys.errors import ConfigError
-from rlsys.records import Sample, Version
+from rlsys.records import Sample, Version, steps_of
 
 Row = list[int]  # indices of the samples that share a row, in their order in it
 
@@ -135,7 +135,7 @@ class _Layout:
                 token_ids[here] = sample.token_ids_T
                 position_ids[row, offset:] = np.arange(shape[1] - offset)  # the last sample's go on over the padding
                 weight_mask[here] = sample.weight_mask_T
-                on_policy_mask[here] = sample.weight_mask_T & (sample.versions_T == self._version.code)
+                on_policy_mask[here] = sample.weight_mask_T & (steps_of(sample.versions_T) == self._version.step)
                 behaviour_logprobs[here] = sample.behaviour_logprobs_T
                 advantages[here] = sample.advantages_T
                 segments.append(Segment(sample=index, row=row, offset=offset, length=length))

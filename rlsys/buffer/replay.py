@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlsys.buffer.staleness import drop_stale, oldest_step
@@ -106,6 +107,17 @@ class ReplayBuffer:
             raise RlsysError(f"lease {lease_id} cannot be committed into {version}: it is not out (committed twice?)")
         lease = self._leases.pop(lease_id)
         self._trained += sum(len(group.rollouts) for group in lease.groups)
+
+    async def groups(self) -> tuple[RolloutGroup, ...]:
+        """Every group that is here, leased ones first, in the order in which they would be trained."""
+        leased = (group for lease in self._leases.values() for group in lease.groups)
+        return (*leased, *self._groups)
+
+    async def restore(self, groups: Sequence[RolloutGroup], num_trained: int) -> None:
+        """Begin where another buffer stood: its groups, and the rollouts it had trained."""
+        for group in groups:
+            await self.put(group)
+        self._trained = num_trained
 
     async def counts(self) -> BufferCounts:
         return BufferCounts(

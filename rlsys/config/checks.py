@@ -6,6 +6,7 @@ data, the reward function, the algorithm's tables) stands in ``plan/references``
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from rlsys.errors import ConfigError
 RUN_FILES = {
     "config.yaml",
     "metrics.jsonl",
+    "commits.jsonl",
+    ".lock",
     "result.json",
     "log.txt",
     "rollouts",
@@ -29,8 +32,18 @@ RUN_FILES = {
 }
 
 
-def check_sections(config: Config) -> None:
+# What a resumed run may change: how far it goes and what it runs on, nothing of what it learns from and how.
+CHANGEABLE = re.compile(
+    r"run\.steps|(checkpoint|eval|observe|ray)\..*|.*timeout_s"
+    r"|reward\.(workers|max_drops_in_a_row)|rollout\.(replicas|slots|vllm.*|[cg]pus_per_replica)|train\.[cg]pus_per_rank"
+)
+
+
+def check_sections(config: Config, *, resume: bool = False) -> None:
     """Check the sections of a resolved config against one another. Looks at nothing but the run folder.
+
+    Args:
+        resume: the run goes on in its folder.
 
     Raises:
         ConfigError: the first thing found that cannot work.
@@ -40,7 +53,7 @@ def check_sections(config: Config) -> None:
     check_group_fits_an_engine(config)
     check_pass_at(config)
     check_data_is_named_once(config)
-    check_run_folder(config)
+    check_run_folder(config, resume=resume)
 
 
 def check_staleness_is_corrected(config: Config) -> None:
@@ -113,8 +126,9 @@ def check_data_is_named_once(config: Config) -> None:
         )
 
 
-def check_run_folder(config: Config) -> None:
-    """A run never writes into the folder of another one. One that trained no batch may be started again."""
+def check_run_folder(config: Config, *, resume: bool) -> None:
+    """A run never writes into the folder of another one. One that trained no batch may be started again, any other is
+    gone on with."""
     folder = config.run.root / config.run.name
     what, wanted = f"run.name={config.run.name}", "a new run folder"
     remedy = f"choose another run.name, or delete the folder: rm -r {folder}"
@@ -125,18 +139,25 @@ def check_run_folder(config: Config) -> None:
         raise ConfigError(
             what, got=f"{folder} holds other things than a run: {strange[0]}", wanted=wanted, remedy=remedy
         )
-    metrics = folder / "metrics.jsonl"
-    if not metrics.is_file() or metrics.stat().st_size == 0:
+    metrics, commits = folder / "metrics.jsonl", folder / "commits.jsonl"
+    if not any(path.is_file() and path.stat().st_size for path in (metrics, commits)):
         return
-    differing = _differences(folder, config)
-    if differing:
+    differing = _differences(folder, config, except_for=CHANGEABLE if resume else None)
+    if resume and not differing:
+        return
+    if resume:
+        got = f"{folder} is a run with another config ({differing})"
+        wanted = "the config of the run that is resumed; it may change run.steps, what it runs on and what it reports"
+        remedy = "give those keys their values of then, or start a new run under another run.name"
+    elif differing:
         got = f"{folder} is a run with another config ({differing})"
     else:
         got = f"{folder} is a {'finished' if (folder / 'result.json').exists() else 'started'} run of this config"
+        remedy = f"go on with it: --resume; or {remedy}"
     raise ConfigError(what, got=got, wanted=wanted, remedy=remedy)
 
 
-def _differences(folder: Any, config: Config) -> str:
+def _differences(folder: Any, config: Config, except_for: re.Pattern[str] | None) -> str:
     """Keys whose values differ between the run in the folder and this config, the first three of them in words."""
     try:
         there = dict(_flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}))
@@ -144,6 +165,7 @@ def _differences(folder: Any, config: Config) -> str:
         return f"its config.yaml cannot be read: {type(error).__name__}"
     here = dict(_flat(yaml.safe_load(dump_config(config))))
     keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    keys = [key for key in keys if except_for is None or not except_for.fullmatch(key)]
     shown = [f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys[:3]]
     return "; ".join(shown) + (f"; and {len(keys) - 3} more keys" if len(keys) > 3 else "")
 

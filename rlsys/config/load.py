@@ -18,6 +18,7 @@ from rlsys.config.source import parse, read_file
 from rlsys.errors import ConfigError
 
 TINY = "tiny"  # the model.path that means the embedded model
+JOB_FOLDERS = "/runtime_resources/working_dir_files/"  # below it Ray unpacks what jobs bring, and deletes it later
 NEAREST_SIBLING = 0.7  # difflib ratio from which a key of the same section is taken for the one that was meant
 NEAREST_ANYWHERE = 0.6  # the same for the full dotted name
 WANTED = {  # pydantic's words for these speak of its own types
@@ -37,7 +38,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     folder and made absolute, since actors run elsewhere.
 
     Raises:
-        ConfigError: a file that cannot be read, an unknown key, a value of the wrong type or out of range.
+        ConfigError: a file that cannot be read, an unknown key, a value of the wrong type or out of range, a
+            ``run.root`` that Ray would delete.
 
     Example:
         ``load_config("configs/quickstart.yaml", ["rollout.max_staleness=0", "algo.correction={name: none}"])``
@@ -196,12 +198,24 @@ def _with_absolute_paths(config: Config) -> Config:
         reward = f"{_absolute(Path(file))}:{function}" if colon and file.endswith(".py") else reward
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"root": _absolute(config.run.root)}),
+            "run": config.run.model_copy(update={"root": _lasting(_absolute(config.run.root))}),
             "data": config.data.model_copy(update=data),
             "model": config.model.model_copy(update={"path": model}),
             "reward": config.reward.model_copy(update={"path": reward}),
         }
     )
+
+
+def _lasting(root: Path) -> Path:
+    """Refuses a folder of runs that Ray would delete: one inside the folder in which it unpacked a job's files."""
+    if JOB_FOLDERS in root.as_posix():
+        raise ConfigError(
+            "run.root",
+            got=f"{root}, inside the job's working folder, which Ray deletes",
+            wanted="an absolute path outside of it, on a disk that outlives the job",
+            remedy="run.root=/shared/runs",
+        )
+    return root
 
 
 def _absolute(path: Path) -> Path:

@@ -1,14 +1,18 @@
-"""Law 1, conservation: every submitted rollout is in exactly one stage until it is trained or dropped by name."""
+"""Law 1, conservation: every submitted rollout is in exactly one stage until it is trained or dropped by name. And law
+5 for draws: every draw is trained, on its way, waiting to be asked again, or given up."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
 from rlsys.buffer.replay import BufferCounts
+from rlsys.controller.state import RunState
 from rlsys.errors import LawBroken
-from rlsys.records import DropCause
+from rlsys.prompts.source import SourceCounts
+from rlsys.records import DropCause, Prompt, RolloutGroup
 
 
 class Stage(Enum):
@@ -24,19 +28,33 @@ class Stage(Enum):
 
 @dataclass(slots=True)
 class _Standing:
+    prompt: Prompt
     stage: Stage
     num_rollouts: int
 
 
 class Ledger:
-    """Counts rollouts by group and stage. Every change is checked against what the records themselves say."""
+    """Counts rollouts by group and stage. Every change is checked against what the records themselves say.
 
-    def __init__(self) -> None:
-        self.submitted = 0
-        self.trained = 0
-        self.dropped: Counter[DropCause] = Counter()
+    Args:
+        state: of the run before it was resumed; its finished groups wait in the buffer, what else stood is submitted
+            anew.
+
+    Attributes:
+        submitted, trained: rollouts.
+        dropped: rollouts by cause.
+        groups_trained: groups, and so draws.
+        given_up: draws that were lost and are not asked again.
+    """
+
+    def __init__(self, state: RunState) -> None:
+        self.trained, self.groups_trained, self.given_up = state.trained, state.groups_trained, state.given_up
+        self.dropped: Counter[DropCause] = Counter(state.dropped)
+        self.submitted = self.trained + self.dropped.total()
         self._standing: dict[str, _Standing] = {}
         self._lead = 0
+        for group in state.groups:
+            self.submit(group.prompt, len(group.rollouts), Stage.BUFFERED)
 
     @property
     def lead(self) -> int:
@@ -47,10 +65,10 @@ class Ledger:
     def num_groups(self) -> int:
         return len(self._standing)
 
-    def submit(self, group_id: str, num_rollouts: int) -> None:
-        if group_id in self._standing:
-            raise LawBroken(f"group {group_id} was submitted twice")
-        self._standing[group_id] = _Standing(Stage.QUEUED, num_rollouts)
+    def submit(self, prompt: Prompt, num_rollouts: int, stage: Stage = Stage.QUEUED) -> None:
+        if prompt.group_id in self._standing:
+            raise LawBroken(f"group {prompt.group_id} was submitted twice")
+        self._standing[prompt.group_id] = _Standing(prompt, stage, num_rollouts)
         self.submitted += num_rollouts
         self._lead += num_rollouts
 
@@ -72,6 +90,19 @@ class Ledger:
         """Rollouts of the group that are neither trained nor dropped."""
         return self._find(group_id).num_rollouts
 
+    def agreeing(self, groups: Iterable[RolloutGroup]) -> tuple[RolloutGroup, ...]:
+        """Those of ``groups`` that stand here with as many rollouts as their records hold."""
+        return tuple(
+            group
+            for group in groups
+            if group.group_id in self._standing and self._standing[group.group_id].num_rollouts == len(group.rollouts)
+        )
+
+    def unfinished(self, finished: Iterable[RolloutGroup]) -> tuple[Prompt, ...]:
+        """Questions of the groups that stand here, in the order of their submission, without those of ``finished``."""
+        known = {group.group_id for group in finished}
+        return tuple(standing.prompt for group_id, standing in self._standing.items() if group_id not in known)
+
     def drop_rest(self, group_id: str, cause: DropCause) -> int:
         """Drop what stands of a group; returns how many."""
         num_rollouts = self._standing[group_id].num_rollouts if group_id in self._standing else 0
@@ -85,6 +116,7 @@ class Ledger:
             raise LawBroken(f"group {group_id} was trained while {standing.stage.value}")
         del self._standing[group_id]
         self.trained += num_rollouts
+        self.groups_trained += 1
         self._lead -= num_rollouts
 
     def counts(self) -> dict[Stage, int]:
@@ -112,6 +144,15 @@ class Ledger:
         ours = (self.trained, by_stage[Stage.BUFFERED] if quiet else 0, by_stage[Stage.LEASED] if quiet else 0)
         if theirs != ours:
             raise LawBroken(f"trained, buffered, leased: the buffer counts {theirs} rollouts, the controller {ours}")
+
+    def check_draws(self, counts: SourceCounts) -> None:
+        """Assert that every draw of the source is accounted for once. Raises LawBroken."""
+        accounted = self.groups_trained + len(self._standing) + counts.waiting + self.given_up
+        if counts.drawn != accounted:
+            raise LawBroken(
+                f"{counts.drawn} draws were handed out, {accounted} are accounted for: trained {self.groups_trained}, "
+                f"on their way {len(self._standing)}, waiting {counts.waiting}, given up {self.given_up}"
+            )
 
     def describe(self) -> str:
         parts = [f"{stage.value} {count}" for stage, count in self.counts().items()]

@@ -14,6 +14,7 @@
       learner.step()         DeepSpeed
       sync.publish()         engines pull the new version in their own pull_loop, and prove it
       buffer.commit()        TRAINED
+      checkpoints.save()     every few steps, after the last one, and at a stop
 
       eval_loop              held-out questions on the same engines, beside all this
 
@@ -24,18 +25,12 @@ one batch, and a publication waits for every engine.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rlsys.buffer.replay import MIN_BASELINE, Lease, close_if_too_small
-from rlsys.buffer.staleness import (
-    first_trained_step,
-    lead_limit,
-    may_start,
-    min_engine_step,
-    staleness_of,
-)
+from rlsys.buffer.staleness import lead_limit, may_start, min_engine_step
 from rlsys.controller.deadline import within
 from rlsys.controller.evaluate import Evaluator
 from rlsys.controller.failures import first_failure
@@ -43,11 +38,13 @@ from rlsys.controller.ledger import Ledger, Stage
 from rlsys.controller.parts import Parts
 from rlsys.controller.plan import Plan
 from rlsys.controller.roster import Roster
-from rlsys.controller.stats import batch_metrics, drop_metrics
+from rlsys.controller.saving import Saver
+from rlsys.controller.state import RunState
+from rlsys.controller.stats import batch_metrics, drop_metrics, trained_ages
 from rlsys.controller.sync import WeightSync
 from rlsys.controller.totals import Totals
-from rlsys.errors import EngineLost, LawBroken, TooManyDrops, WaitTimeout
-from rlsys.records import DropCause, Prompt, RolloutGroup, Version
+from rlsys.errors import CheckpointFailed, EngineLost, TooManyDrops, WaitTimeout
+from rlsys.records import DropCause, Prompt, RolloutGroup
 from rlsys.rollout.play import PlaySpec
 
 Answer = TypeVar("Answer")
@@ -60,12 +57,17 @@ FAULTS = frozenset({DropCause.ENGINE_REFUSED, DropCause.EMPTY})  # asking again 
 
 
 class Loops:
-    """The controller of one run."""
+    """The controller of one run, from ``state`` on.
 
-    def __init__(self, parts: Parts, plan: Plan, version: Version) -> None:
-        self.parts, self.plan, self.version = parts, plan, version
-        self.ledger = Ledger()
-        self.totals = Totals()
+    Attributes:
+        stopping: set it to end the training after the step under way, with a checkpoint.
+        is_training: whether there is a training to be ended like this.
+    """
+
+    def __init__(self, parts: Parts, plan: Plan, state: RunState) -> None:
+        self.parts, self.plan, self.version = parts, plan, state.version
+        self.ledger = Ledger(state)
+        self.totals = Totals.resumed(state.totals)
         self.roster = Roster(parts.fleet.names(), slots=plan.slots, clock=parts.clock)
         self.sync = WeightSync(
             learner=parts.learner,
@@ -78,24 +80,32 @@ class Loops:
             load_timeout_s=plan.play_timeout_s,
         )
         self.evaluator = Evaluator(parts, plan, self.roster, play=self._play, score=self._score)
+        self.saver = Saver(parts, self.ledger, self.totals, state, plan.step_timeout_s)
         self._limit = lead_limit(max_staleness=plan.max_staleness, batch_rollouts=plan.batch_rollouts)
         self._lead_fell = asyncio.Event()
         self._eval_due = asyncio.Event()
-        self._eval_metrics: dict[str, float] = {}
-        self._groups_trained = version.step * plan.prompts_per_batch
+        self.stopping = asyncio.Event()
+        self.is_training = False
+        self._background: set[asyncio.Task[None]] = set()
+        self._next_metrics: dict[str, float] = {}  # of what happened between two steps
         self._lost_in_a_row = 0
         self._learner_waits = self._told_of_equal_rewards = False
 
     async def run(self) -> None:
-        """Evaluate, train ``plan.steps`` batches, evaluate. The first failure of any loop ends all, and is raised."""
+        """Evaluate, train up to ``plan.steps`` batches, evaluate. The first failure of any loop ends all, and is
+        raised."""
         try:
             async with asyncio.TaskGroup() as tasks:
+                await self.saver.restore()
                 pulls = [tasks.create_task(self.sync.pull_loop(name)) for name in self.roster.names]
                 await self.sync.publish_everywhere(self.version)
-                await self._evaluate("eval_before", self.plan.pass_samples)
-                await self._train(tasks)
-                await self.sync.publish_everywhere(self.version)
-                await self._evaluate("eval_after", self.plan.pass_samples)
+                if "eval_before" not in self.totals.evals:
+                    await self._evaluate("eval_before", self.plan.pass_samples)
+                if self.version.step < self.plan.steps:
+                    await self._train(tasks)
+                if not self.stopping.is_set():
+                    await self.sync.publish_everywhere(self.version)
+                    await self._evaluate("eval_after", self.plan.pass_samples)
                 for task in pulls:
                     task.cancel()
         except BaseExceptionGroup as failures:
@@ -103,12 +113,21 @@ class Loops:
 
     async def _train(self, tasks: asyncio.TaskGroup) -> None:
         self.totals.open(self.parts.clock.now(), self.roster.busy_seconds())
-        loops = [tasks.create_task(loop) for loop in (self.live_loop(), self.eval_loop(), self.rollout_loop(tasks))]
+        self.is_training = True
+        for loop in (self.live_loop(), self.eval_loop(), self.rollout_loop(tasks)):
+            self._spawn(tasks, loop)
         await self.train_loop(tasks)
-        for task in loops:
+        self.is_training = False
+        for task in self._background:
             task.cancel()
         self.totals.close(self.parts.clock.now(), self.roster.busy_seconds())
-        self.ledger.check(await self._buffer(self.parts.buffer.counts()), quiet=True)
+        self.ledger.check(await self._buffer(self.parts.buffer.counts()), quiet=not self.stopping.is_set())
+
+    def _spawn(self, tasks: asyncio.TaskGroup, loop: Coroutine[Any, Any, None]) -> None:
+        """Run something beside the training, until its end or that of the training."""
+        task = tasks.create_task(loop)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def rollout_loop(self, tasks: asyncio.TaskGroup) -> None:
         """Start groups for as long as the run needs them.
@@ -120,17 +139,17 @@ class Loops:
         """
         group_size = self.plan.spec.group_size
         while True:
-            wanted = self.plan.steps * self.plan.prompts_per_batch - self._groups_trained - self.ledger.num_groups
+            wanted = self.plan.steps * self.plan.prompts_per_batch - self.ledger.groups_trained - self.ledger.num_groups
             if wanted > 0 and may_start(lead=self.ledger.lead, group_size=group_size, limit=self._limit):
                 prompt = self.parts.source.next()
                 min_step = min_engine_step(
-                    groups_trained=self._groups_trained,
+                    groups_trained=self.ledger.groups_trained,
                     groups_standing=self.ledger.num_groups,
                     prompts_per_batch=self.plan.prompts_per_batch,
                     max_staleness=self.plan.max_staleness,
                 )
-                self.ledger.submit(prompt.group_id, group_size)
-                tasks.create_task(self.group_task(prompt, min_step), name=prompt.group_id)
+                self.ledger.submit(prompt, group_size)
+                self._spawn(tasks, self.group_task(prompt, min_step))
             else:
                 self._lead_fell.clear()
                 await self._lead_fell.wait()
@@ -161,18 +180,20 @@ class Loops:
             self._lost_in_a_row = 0
 
     async def train_loop(self, tasks: asyncio.TaskGroup) -> None:
-        """Train until ``plan.steps`` batches are done; the next batch is fetched while one is trained.
+        """Train until ``plan.steps`` batches are done, or a stop; the next batch is fetched while one is trained.
 
         consumes: leases of the buffer.
         waits for: enough finished groups; at ``max_staleness`` 0 for every engine to serve the new version.
         unblocked by: buffer.put; sync.
-        produces: weight versions, and room below the lead limit.
+        produces: weight versions, room below the lead limit, and checkpoints.
         """
-        clock = self.parts.clock
+        clock, every_steps = self.parts.clock, self.plan.checkpoint_every_steps
         fetching = tasks.create_task(self._next_lease(self.version.step))
         while self.version.step < self.plan.steps:
             began, step = clock.now(), self.version.step
             lease = await self._fetched(fetching)
+            if lease is None:
+                break
             waited_s = clock.now() - began
             if step + 1 < self.plan.steps:
                 fetching = tasks.create_task(self._next_lease(step + 1))
@@ -199,6 +220,11 @@ class Loops:
             self.totals.wait_for_batch_s += waited_s
             if self.plan.eval_every_steps and self.version.step % self.plan.eval_every_steps == 0:
                 self._eval_due.set()
+            if self.version.step == self.plan.steps or (every_steps and self.version.step % every_steps == 0):
+                await self._checkpoint()
+        fetching.cancel()
+        if not self.saver.is_saved(self.version):
+            await self._checkpoint()
 
     async def eval_loop(self) -> None:
         """Evaluate beside the training.
@@ -271,14 +297,25 @@ class Loops:
             elif self.parts.clock.now() - quiet_since > self.plan.stall_s:
                 raise WaitTimeout(f"rollouts ({self.ledger.describe()}; {self.roster.describe()})", self.plan.stall_s)
 
-    async def _fetched(self, fetching: asyncio.Task[Lease]) -> Lease:
-        """The learner stands still here, so that a publication that was put off can be made up for."""
+    async def _fetched(self, fetching: asyncio.Task[Lease]) -> Lease | None:
+        """None at a stop. The learner stands still here, so that a publication that was put off can be made up for."""
         self._learner_waits = True
-        while not fetching.done():
+        while not fetching.done() and not self.stopping.is_set():
             await asyncio.wait({fetching}, timeout=TAKE_WAIT_S)
             await self.sync.publish_pending()
         self._learner_waits = False
-        return fetching.result()
+        return None if self.stopping.is_set() else fetching.result()
+
+    async def _checkpoint(self) -> None:
+        """A checkpoint that cannot be written costs only itself, but for the one that a stop has to leave behind."""
+        began = self.parts.clock.now()
+        try:
+            await self.saver.save(self.version, self.roster.busy_seconds())
+        except CheckpointFailed as error:
+            self.parts.sink.event(f"no checkpoint of step {self.version.step}: {error}")
+            if self.stopping.is_set():
+                raise
+        self._next_metrics["timing_s/save_checkpoint"] = self.parts.clock.now() - began
 
     async def _publish(self) -> None:
         if self.plan.max_staleness == 0:
@@ -290,10 +327,11 @@ class Loops:
         """The leased groups are trained: ledger, law 1, metrics."""
         for group in lease.groups:
             self.ledger.train(group.group_id, len(group.rollouts))
-        self._groups_trained += len(lease.groups)
+        self.parts.sink.commit(self.version, [str(group.prompt.draw) for group in lease.groups])
         self._lead_fell.set()
         self.ledger.check(await self._buffer(self.parts.buffer.counts()))
-        ages = self._ages(lease, step)
+        self.ledger.check_draws(self.parts.source.counts())
+        ages = trained_ages(lease.groups, step, self.plan)
         metrics = {**timing, **batch_metrics(lease.groups, ages), **drop_metrics(self.ledger.dropped)}
         self.totals.book(lease.groups, ages)
         if metrics["critic/groups_without_variance"] == 1.0 and not self._told_of_equal_rewards:
@@ -303,20 +341,11 @@ class Loops:
                 f"step {step}: the rewards of every group are equal (mean {score:g}): nothing to learn"
             )
         metrics |= self.sync.drain_metrics()
-        metrics |= self._eval_metrics
-        self._eval_metrics = {}
+        metrics |= self._next_metrics
+        self._next_metrics = {}
         self.parts.sink.step(self.version.step, self.version, metrics)
         logged = lease.groups[: self.plan.rollouts_logged]
         self.parts.sink.rollouts(step, [replace(group, rollouts=group.rollouts[:1]) for group in logged])
-
-    def _ages(self, lease: Lease, step: int) -> list[int]:
-        """Staleness of what carried weight; law 2 is asserted on it."""
-        eta = self.plan.max_staleness
-        not_before = first_trained_step(step=step, max_staleness=eta, age_policy=self.plan.age_policy)
-        ages = staleness_of(lease.groups, step, not_before)
-        if max(ages) > eta or min(ages) < 0:
-            raise LawBroken(f"trained at step {step} with staleness {min(ages)} to {max(ages)}, allowed is 0 to {eta}")
-        return ages
 
     def _close(self, group: RolloutGroup) -> RolloutGroup:
         """Book what the group lost since it was last booked, and close it where too little is left."""
@@ -335,7 +364,8 @@ class Loops:
         return group
 
     def _lose_group(self, prompt: Prompt, why: str, *, ask_again: bool) -> None:
-        if ask_again and not self.parts.source.requeue(prompt):
+        if not (ask_again and self.parts.source.requeue(prompt)):
+            self.ledger.given_up += 1
             self.parts.sink.event(f"question {prompt.draw} is given up after {prompt.attempt + 1} attempts: {why}")
         self._lost_in_a_row += 1
         if self._lost_in_a_row >= LOST_GROUPS_IN_A_ROW:
@@ -345,7 +375,7 @@ class Loops:
     async def _evaluate(self, name: str, pass_samples: int) -> None:
         greedy, sampled = await self.evaluator.run(name, pass_samples)
         if name == "eval":
-            self._eval_metrics |= greedy.metrics()
+            self._next_metrics |= greedy.metrics()
         else:
             self.totals.evals |= {name: greedy.accuracy}
             self.totals.evals |= {f"{name}_pass_at_{k}": share for k, share in (sampled or greedy).pass_at.items()}

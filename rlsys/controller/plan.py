@@ -15,11 +15,12 @@ class Plan:
         steps: batches to train.
         prompts_per_batch, max_staleness, age_policy, slots: as in the config.
         spec: sampling in training.
+        checkpoint_every_steps: 0 means after the last step and at a stop only.
         eval_every_steps: 0 means before and after only.
         pass_samples, pass_at: pass@k before and after; 0 samples switch it off.
         correct_at: reward from which an answer is correct.
         rollouts_logged: sampled rollouts kept per step.
-        play_timeout_s, score_timeout_s, step_timeout_s: deadlines, seconds.
+        play_timeout_s, score_timeout_s, step_timeout_s: deadlines, seconds; the last one of a checkpoint too.
         stall_s: longest time in which not a single rollout gets on, seconds.
     """
 
@@ -29,6 +30,7 @@ class Plan:
     age_policy: str
     slots: int
     spec: PlaySpec
+    checkpoint_every_steps: int
     eval_every_steps: int
     pass_samples: int
     pass_at: tuple[int, ...]

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlsys.records import DropCause, RolloutGroup, Version
-
-START = Version(incarnation=0, step=0)
+from rlsys.records import START, DropCause, RolloutGroup, Version
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +19,7 @@ class RunState:
             ``groups``; None at the very start.
         groups: finished groups that wait to be trained, in their order.
         trained: rollouts.
+        groups_trained: groups, and so draws.
         dropped: rollouts by cause.
         given_up: draws that were lost and are not asked again.
         totals: figures of the run so far, as ``Totals.saved`` gives them.
@@ -34,6 +33,7 @@ class RunState:
     cursor: Mapping[str, Any] | None = None
     groups: tuple[RolloutGroup, ...] = ()
     trained: int = 0
+    groups_trained: int = 0
     dropped: Mapping[DropCause, int] = field(default_factory=dict)
     given_up: int = 0
     totals: Mapping[str, Any] = field(default_factory=dict)

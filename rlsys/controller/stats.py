@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from rlsys.buffer.staleness import first_trained_step, staleness_of
+from rlsys.controller.plan import Plan
+from rlsys.errors import LawBroken
 from rlsys.records import DropCause, RolloutGroup, StopReason
 
 
@@ -50,3 +53,16 @@ def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else 0.0
+
+
+def trained_ages(groups: Sequence[RolloutGroup], step: int, plan: Plan) -> list[int]:
+    """Staleness of every rollout that is trained at ``step``, counted over what carries weight.
+
+    Raises LawBroken where one is older than allowed (law 2).
+    """
+    eta = plan.max_staleness
+    not_before = first_trained_step(step=step, max_staleness=eta, age_policy=plan.age_policy)
+    ages = staleness_of(groups, step, not_before)
+    if max(ages) > eta or min(ages) < 0:
+        raise LawBroken(f"trained at step {step} with staleness {min(ages)} to {max(ages)}, allowed is 0 to {eta}")
+    return ages

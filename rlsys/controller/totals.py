@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
 
 from rlsys.records import RolloutGroup
 
 
 @dataclass(slots=True)
 class Totals:
-    """Times in seconds of the handed-in clock.
+    """Figures over all stretches of training of a run: it has one more for each time it was resumed.
 
-    ``wall_s`` (training) and ``busy_s`` (engines with something to do, on average) are None while it still runs.
+    Attributes:
+        wall_s: seconds of training.
+        wait_for_batch_s: of these, seconds in which the learner had nothing to train.
+        busy_s: of these, seconds in which an engine had something to do, on average over the engines.
+        rollouts, tokens: trained; tokens are sampled ones.
+        staleness_sum, staleness_max: over the trained rollouts, steps.
+        evals: results of the evaluations before and after.
     """
 
-    started: float = 0.0
-    wall_s: float | None = None
+    wall_s: float = 0.0
     wait_for_batch_s: float = 0.0
-    busy_s: float | None = None
-    busy_before_s: float = 0.0
+    busy_s: float = 0.0
     rollouts: int = 0
     tokens: int = 0
     staleness_sum: int = 0
     staleness_max: int = 0
     evals: dict[str, float] = field(default_factory=dict)
+    _opened: tuple[float, float] | None = None  # clock and busy seconds when the present stretch began
+
+    @classmethod
+    def resumed(cls, saved: Mapping[str, Any]) -> Self:
+        return cls(**saved)
 
     def book(self, groups: Sequence[RolloutGroup], ages: Sequence[int]) -> None:
         """Add trained groups, with the staleness of each of their rollouts."""
@@ -34,15 +44,25 @@ class Totals:
         self.staleness_max = max(self.staleness_max, *ages)
 
     def open(self, now: float, busy_s: float) -> None:
-        self.started, self.busy_before_s = now, busy_s
+        """A stretch of training begins. ``now``: seconds of the handed-in clock."""
+        self._opened = (now, busy_s)
 
     def close(self, now: float, busy_s: float) -> None:
-        self.wall_s, self.busy_s = now - self.started, busy_s - self.busy_before_s
+        """It ends."""
+        self.wall_s, self.busy_s = self._times(now, busy_s)
+        self._opened = None
+
+    def saved(self, now: float, busy_s: float) -> dict[str, Any]:
+        """Plain values for a checkpoint, the present stretch included."""
+        wall_s, busy_s = self._times(now, busy_s)
+        plain = asdict(replace(self, wall_s=wall_s, busy_s=busy_s))
+        del plain["_opened"]
+        return plain
 
     def summary(self, now: float, busy_s: float) -> dict[str, float]:
         """Flat figures; rates are over the training alone, without start-up and evaluation before and after."""
-        busy_s = self.busy_s if self.busy_s is not None else busy_s - self.busy_before_s
-        wall_s = max(self.wall_s if self.wall_s is not None else now - self.started, 1e-9)
+        wall_s, busy_s = self._times(now, busy_s)
+        wall_s = max(wall_s, 1e-9)
         return {
             **self.evals,
             "rollouts": self.rollouts,
@@ -54,3 +74,9 @@ class Totals:
             "staleness/max": self.staleness_max,
             "staleness/mean": self.staleness_sum / max(self.rollouts, 1),
         }
+
+    def _times(self, now: float, busy_s: float) -> tuple[float, float]:
+        if self._opened is None:
+            return self.wall_s, self.busy_s
+        began, busy_before_s = self._opened
+        return self.wall_s + now - began, self.busy_s + busy_s - busy_before_s

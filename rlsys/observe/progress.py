@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
 from rlsys.observe.progress_view import Shown, as_line, as_panel
-from rlsys.records import Version
+from rlsys.records import START, Version
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,10 +31,12 @@ CLOSE_S = 5.0  # what the end of the run waits for its last words
 class Progress:
     """Shows steps, state and events on ``stream``: a live panel where that is a terminal, else lines."""
 
-    def __init__(self, stream: TextIO, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stream: TextIO, total_steps: int, version: Version = START, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._stream, self._clock = stream, clock
         self._began = self._last_line = clock()
-        self._shown = Shown(step=0, total_steps=total_steps, version="0.0", elapsed_s=0.0)
+        self._shown = Shown(step=version.step, total_steps=total_steps, version=str(version), elapsed_s=0.0)
         self._lines: deque[str] = deque(maxlen=LINES_HELD)
         self._summary = ""
         self._news = threading.Event()

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
+import io
 import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
+from rlsys.errors import ConfigError, RlsysError
+from rlsys.observe.append_file import AppendFile
 from rlsys.observe.plain_json import as_plain_json
+
+LOCK = ".lock"
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # full, over its quota, over the limit on the size of a file
 
 
 class RunFolder:
@@ -37,6 +45,15 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def commits_path(self) -> Path:
+        """Which draws were trained at which step (observe/lineage)."""
+        return self.path / "commits.jsonl"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
     def log_path(self) -> Path:
         return self.path / "log.txt"
 
@@ -53,50 +70,108 @@ class RunFolder:
         """Where the trained model is exported."""
         return self.path / "model"
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time runs in a folder. Raises ConfigError while another one does; one that dies lets go."""
+        with (self.path / LOCK).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"run.name={self.path.name}",
+                    got=f"{self.path} is in use by a run that is going on",
+                    wanted="a folder that no other process runs in",
+                    remedy="wait for its end, stop it, or choose another run.name",
+                ) from None
+            yield
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write the resolved configuration. ``config`` holds plain values (pydantic's ``model_dump(mode="json")``)."""
         write_atomically(self.config_path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """Write the flat result of the run: all of it or nothing. Numbers that are not finite become null."""
-        write_atomically(self.result_path, json.dumps(as_plain_json(result), indent=2, allow_nan=False) + "\n")
+        """Write the flat result of the run: all of it or nothing. Numbers that are not finite become null.
 
-    def open_log(self) -> TextIO:
-        """``log.txt`` to append to, written out line by line."""
-        return self.log_path.open("a", buffering=1, encoding="utf-8", errors="replace")
+        Raises RlsysError, with the whole result in its message, where the disk does not take it.
+        """
+        text = json.dumps(as_plain_json(result), indent=2, allow_nan=False) + "\n"
+        try:
+            write_atomically(self.result_path, text)
+        except OSError as error:
+            raise RlsysError(
+                f"{self.result_path} cannot be written ({error.strerror}). It would hold:\n{text}"
+            ) from error
+
+    def read_result(self) -> dict[str, Any]:
+        """What ``result.json`` holds; empty where there is none."""
+        if not self.result_path.exists():
+            return {}
+        result = json.loads(self.result_path.read_text(encoding="utf-8"))
+        return result if isinstance(result, dict) else {}
+
+    def open_log(self) -> AppendFile:
+        """``log.txt`` to append to."""
+        return AppendFile(self.log_path)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader, or a crash, finds the old file or the new one, never a part."""
+    """A reader, or a crash, finds the old file or the new one, never a part. Raises OSError where the disk is full, and
+    takes the part back that it wrote."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
 def redirect_library_output(log_path: Path) -> Iterator[TextIO]:
     """Send everything that is written to file descriptors 1 and 2 into ``log_path`` (appended), by whatever library in
     this process or by processes it starts meanwhile. Yields the terminal (the old standard output) for our own words.
-    Characters that its encoding lacks are replaced. Undone at the end, also after an error."""
+    Characters that its encoding lacks are replaced. Undone at the end, also after an error.
+
+    What is printed while the disk is full is lost. It is no error: a library would end on it where nobody expects that.
+    """
     _flush_all()
     saved = {fd: os.dup(fd) for fd in (1, 2)}
     log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     encoding = getattr(sys.__stdout__, "encoding", None) or "utf-8"
-    terminal = os.fdopen(os.dup(saved[1]), "w", buffering=1, encoding=encoding, errors="replace")
+    terminal = _writing_to(saved[1], encoding)
     try:
         for fd in saved:
             os.dup2(log_fd, fd)
-        yield terminal
+        with redirect_stdout(_writing_to(1)), redirect_stderr(_writing_to(2)):
+            yield terminal
     finally:
         _flush_all()
+        _close_quietly(terminal)
         for fd, original in saved.items():
             os.dup2(original, fd)
             os.close(original)
         os.close(log_fd)
-        _close_quietly(terminal)
+
+
+class _LossyFile(io.FileIO):
+    """A descriptor that takes everything: what a full disk behind it does not is gone."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            return memoryview(data).nbytes
+
+
+def _writing_to(fd: int, encoding: str = "utf-8") -> TextIO:
+    """Line by line. Characters that the encoding lacks are replaced. The descriptor stays open."""
+    lines = io.BufferedWriter(_LossyFile(fd, "w", closefd=False))
+    return io.TextIOWrapper(lines, encoding=encoding, errors="replace", line_buffering=True)
 
 
 def _flush_all() -> None:

@@ -9,10 +9,10 @@ from rlsys.actors.inputs import Inputs
 from rlsys.config.checks import check_sections
 from rlsys.config.load import TINY
 from rlsys.config.schema import Config
+from rlsys.models.tiny import tiny_model_path
 from rlsys.plan import facts
 from rlsys.plan.facts import Found
 from rlsys.plan.references import check_references
-from rlsys.models.tiny import tiny_model_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,13 +28,16 @@ class Preflight:
     sentences: list[str]
 
 
-def preflight(config: Config) -> Preflight:
+def preflight(config: Config, *, resume: bool = False) -> Preflight:
     """Check a resolved config as a whole, and everything it points at. Starts nothing, writes nothing.
+
+    Args:
+        resume: the run goes on in its folder.
 
     Raises:
         ConfigError: the first thing found that cannot work.
     """
-    check_sections(config)
+    check_sections(config, resume=resume)
     found = check_references(config)
     return Preflight(found=found, sentences=facts.of_run(config) + facts.of_references(config, found))
 

@@ -18,13 +18,13 @@ from rlsys.algo import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
 from rlsys.config.load import TINY
 from rlsys.config.schema import Config, Row
 from rlsys.errors import ConfigError
+from rlsys.models.tiny.model import MAX_POSITIONS, make_tokenizer
 from rlsys.plan.facts import Found, in_words
 from rlsys.prompts.source import PromptSource, default_reward_path, load_questions
 from rlsys.records import Message
 from rlsys.reward.load import check_reward, load_reward
 from rlsys.rollout.play import opening_tokens
 from rlsys.rollout.vllm_settings import refuse_owned_arguments
-from rlsys.models.tiny.model import MAX_POSITIONS, make_tokenizer
 from rlsys.train.deepspeed_config import deepspeed_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")

@@ -7,7 +7,7 @@ staleness is asked again as the same draw, one attempt on.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
@@ -25,7 +25,7 @@ from rlsys.records import Draw, Prompt
 SPLIT_SEED = 0  # fixed: which questions are held out must not change with run.seed, or runs could not be compared
 EVAL_SUFFIX = "-eval"
 
-Cursor = dict[str, Any]
+Cursor = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,11 +128,14 @@ class PromptSource:
         }
 
     def restore(self, cursor: Cursor) -> None:
-        """Go on from a cursor exactly as the source that gave it would have.
+        """Go on from a cursor exactly as the source that gave it would have. Raises ConfigError as ``check_cursor``."""
+        self.check_cursor(cursor)
+        self._epoch, self._position = cursor["epoch"], cursor["position"]
+        self._order = self._permutation(self._epoch)
+        self._requeued = deque(self.draw(index, epoch, attempt) for index, epoch, attempt in cursor["requeued"])
 
-        Raises:
-            ConfigError: the cursor is of other questions or of another seed, so its place means nothing here.
-        """
+    def check_cursor(self, cursor: Cursor) -> None:
+        """Raises ConfigError for a cursor of other questions or of another seed: its place means nothing here."""
         here = self.cursor()
         for part in ("source", "seed", "fingerprint"):
             if cursor[part] != here[part]:
@@ -142,9 +145,6 @@ class PromptSource:
                     wanted=f"{cursor[part]!r}, as in the run that is resumed",
                     remedy="Resume with the same data section and run.seed, or start a new run.",
                 )
-        self._epoch, self._position = cursor["epoch"], cursor["position"]
-        self._order = self._permutation(self._epoch)
-        self._requeued = deque(self.draw(index, epoch, attempt) for index, epoch, attempt in cursor["requeued"])
 
     def _permutation(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._questions))

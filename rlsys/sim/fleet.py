@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
+from rlsys.controller.saving import gone_on_from
+from rlsys.controller.state import RunState
 from rlsys.envs.single_turn import SingleTurn
-from rlsys.records import Draw, LoadReport, Probe, Prompt, RolloutGroup, StepReport, Version, WeightVersion
+from rlsys.prompts.question import Question
+from rlsys.prompts.source import LoadedData, PromptSource
+from rlsys.prompts.split import Split
+from rlsys.records import LoadReport, Probe, Prompt, RolloutGroup, StepReport, Version, WeightVersion
 from rlsys.rollout.clock import Clock
 from rlsys.rollout.engine import Engine
 from rlsys.rollout.play import PlaySpec, play_group
@@ -92,34 +97,48 @@ class SimLearner:
         """There are no weights to save."""
 
 
-class SimSource:
-    """Questions 0, 1, 2, ...: double the number."""
-
-    def __init__(self, num_eval: int, max_requeues: int = 3) -> None:
-        self._next = 0
-        self._num_eval, self._max_requeues = num_eval, max_requeues
-        self._again: list[Prompt] = []
-
-    def next(self) -> Prompt:
-        if self._again:
-            return self._again.pop(0)
-        self._next += 1
-        return self._question("sim", self._next - 1)
-
-    def requeue(self, prompt: Prompt) -> bool:
-        if prompt.attempt >= self._max_requeues:
-            return False
-        self._again.append(replace(prompt, attempt=prompt.attempt + 1))
-        return True
-
-    def eval_prompts(self) -> Sequence[Prompt]:
-        return [self._question("sim-eval", index) for index in range(self._num_eval)]
-
-    def _question(self, source: str, index: int) -> Prompt:
-        return Prompt(draw=Draw(source=source, index=index, epoch=0), content=f"{index}*2=", answer=str(2 * index))
+def sim_source(num_train: int, num_eval: int, seed: int) -> PromptSource:
+    """Questions "0*2=", "1*2=", ...: double the number. The held-out ones follow after those of the training."""
+    questions = [Question(content=f"{number}*2=", answer=str(2 * number)) for number in range(num_train + num_eval)]
+    split = Split(train=tuple(questions[:num_train]), held_out=tuple(questions[num_train:]))
+    return PromptSource(LoadedData(name="sim", split=split), seed=seed, max_requeues=3)
 
 
 def doubled(prompt_token_ids: Sequence[int]) -> list[int]:
-    """The right answer to a question of ``SimSource``, as tokens."""
+    """The right answer to a question of ``sim_source``, as tokens."""
     number = int("".join(map(chr, prompt_token_ids)).split("*")[0])
     return [*map(ord, str(2 * number)), CharTokenizer.eos_token_id]
+
+
+@dataclass(slots=True)
+class SimDisk:
+    """What outlives a run's process.
+
+    Attributes:
+        states: checkpoints, the newest last.
+        commits: version and draws of every trained step of the surviving lineage.
+    """
+
+    states: list[RunState] = field(default_factory=list)
+    commits: list[tuple[Version, tuple[str, ...]]] = field(default_factory=list)
+
+    def resume(self) -> RunState:
+        """What the next life of the run goes on from."""
+        last = self.commits[-1][0] if self.commits else None
+        return gone_on_from(self.states[-1] if self.states else RunState(), last)
+
+    def commit(self, version: Version, draws: Sequence[str]) -> None:
+        """Steps that were lost with their weights are taken back by the first one that is trained again."""
+        self.commits = [commit for commit in self.commits if commit[0].step < version.step]
+        self.commits.append((version, tuple(draws)))
+
+
+class SimCheckpoints:
+    """Takes ``save_s`` for a checkpoint; one that is broken off leaves nothing."""
+
+    def __init__(self, clock: Clock, disk: SimDisk, save_s: float) -> None:
+        self._clock, self._disk, self._save_s = clock, disk, save_s
+
+    async def save(self, state: RunState) -> None:
+        await self._clock.sleep(self._save_s)
+        self._disk.states.append(state)

@@ -14,7 +14,7 @@ from rlsys.records import RolloutGroup, Version
 from rlsys.rollout.play import PlaySpec
 from rlsys.rollout.sim_engine import SimEngine, learning_answer
 from rlsys.sim.clock import VirtualClock
-from rlsys.sim.fleet import VOCAB_SIZE, SimFleet, SimLearner, SimScorer, SimSource, doubled
+from rlsys.sim.fleet import VOCAB_SIZE, SimCheckpoints, SimDisk, SimFleet, SimLearner, SimScorer, doubled, sim_source
 from rlsys.weights.pool import NUM_SEGMENTS, SegmentPool
 
 
@@ -33,13 +33,16 @@ class World:
     max_staleness: int = 1
     age_policy: str = "drop"
     slots: int = 16
+    num_questions: int = 40
     num_eval: int = 8
     eval_every_steps: int = 3
+    checkpoint_every_steps: int = 2
     seed: int = 0
     tokens_per_s: float = 10.0
     score_s: float = 0.05
     step_s: float = 1.0
     export_s: float = 0.1
+    save_s: float = 0.3
     half_life_steps: float = 4.0
     score_timeout_s: float = 60.0
     stall_s: float = 120.0
@@ -49,12 +52,16 @@ class World:
 class RecordingSink:
     """Keeps everything."""
 
-    def __init__(self) -> None:
+    def __init__(self, disk: SimDisk) -> None:
+        self._disk = disk
         self.steps: list[dict[str, float]] = []
         self.events: list[str] = []
 
     def step(self, step: int, version: Version, metrics: Mapping[str, float]) -> None:
         self.steps.append({"step": step, **metrics})
+
+    def commit(self, version: Version, draws: Sequence[str]) -> None:
+        self._disk.commit(version, draws)
 
     def rollouts(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """Not kept."""
@@ -81,33 +88,40 @@ class SimReport:
     virtual_s: float
 
 
-def simulate(world: World, disturb: Callable[[Loops, SimFleet], None] = lambda loops, fleet: None) -> SimReport:
+def simulate(
+    world: World,
+    disturb: Callable[[Loops, SimFleet], None] = lambda loops, fleet: None,
+    disk: SimDisk | None = None,
+) -> SimReport:
     """Run ``world`` to its end. Deterministic. Raises what the run raises, and Deadlock.
 
     Args:
         disturb: called once before the start, for faults beyond ``world.crashes``.
+        disk: of an earlier life of the run, to go on from; None is a new run.
     """
 
     clock = VirtualClock()
+    disk = SimDisk() if disk is None else disk
 
     async def main() -> SimReport:
-        sink = RecordingSink()
-        version = Version(incarnation=0, step=0)
+        sink = RecordingSink(disk)
+        state = disk.resume()
         engines = [_engine(world, index, clock) for index in range(world.replicas)]
         fleet = SimFleet({f"rollout-{index}": engine for index, engine in enumerate(engines)}, clock)
-        learner = SimLearner(clock, version, step_s=world.step_s, export_s=world.export_s)
+        learner = SimLearner(clock, state.version, step_s=world.step_s, export_s=world.export_s)
         parts = Parts(
-            source=SimSource(world.num_eval),
+            source=sim_source(world.num_questions, world.num_eval, world.seed),
             fleet=fleet,
             scorer=SimScorer(clock, world.score_s),
             buffer=ReplayBuffer(max_staleness=world.max_staleness, age_policy=world.age_policy),
             learner=learner,
+            checkpoints=SimCheckpoints(clock, disk, world.save_s),
             make_batch=lambda groups, step: (step, tuple(groups)),
             segments=SegmentPool([f"segment-{number}" for number in range(NUM_SEGMENTS)]),
             sink=sink,
             clock=clock,
         )
-        loops = Loops(parts, _plan(world), version)
+        loops = Loops(parts, _plan(world), state)
         disturb(loops, fleet)
         crashes = [
             asyncio.get_running_loop().call_later(moment_s, engines[index].crash)
@@ -138,6 +152,7 @@ def _plan(world: World) -> Plan:
         age_policy=world.age_policy,
         slots=world.slots,
         spec=PlaySpec(group_size=world.group_size, temperature=1.0, max_tokens=16, seed=world.seed),
+        checkpoint_every_steps=world.checkpoint_every_steps,
         eval_every_steps=world.eval_every_steps,
         pass_samples=0,
         pass_at=(),

@@ -25,6 +25,7 @@ from rlsys.config.schema import TrainSection
 from rlsys.errors import Diverged
 from rlsys.records import Version
 from rlsys.train import parallel
+from rlsys.train.checkpoint import Layout, check_layout, load_state, save_state
 from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.export import full_weights
 from rlsys.train.logprobs import TokenLogprobs, token_logprobs
@@ -34,8 +35,8 @@ BoundRow = tuple[Callable[..., Any], Mapping[str, Any]]  # a row of a table, and
 
 
 class LearnerRank:
-    """Trains batches. ``start``, ``step``, ``export``, ``probe_logprobs``, ``save_hf`` and ``stop`` are collectives:
-    every rank calls them in the same order.
+    """Trains batches. ``start``, ``step``, ``export``, ``probe_logprobs``, ``save_hf``, ``save_checkpoint`` and
+    ``stop`` are collectives: every rank calls them in the same order.
 
     Construction imports everything slow and meets nobody, so ranks are constructed first and then started together.
 
@@ -80,10 +81,23 @@ class LearnerRank:
         """Number of token ids of the model; known once started."""
         return int(self._engine.module.config.get_text_config().vocab_size)
 
-    def start(self, rank: int, world_size: int, master_addr: str, master_port: int) -> None:
-        """Meet the other ranks and bring DeepSpeed up. Raises ConfigError where ``train.deepspeed`` contradicts us."""
+    def start(
+        self, rank: int, world_size: int, master_addr: str, master_port: int, checkpoint: str | None = None
+    ) -> None:
+        """Meet the other ranks and bring DeepSpeed up, in the state of ``checkpoint`` where that is given.
+
+        Args:
+            checkpoint: folder of an earlier ``save_checkpoint``; None starts from the model.
+
+        Raises:
+            ConfigError: ``train.deepspeed`` contradicts us; or the checkpoint is of other ranks or another ZeRO stage
+                (told before anything is loaded).
+            CheckpointDamaged: there is no checkpoint in ``checkpoint``.
+        """
         config = deepspeed_config(self._train, device=self._device)
         self._rank, self._world_size = rank, world_size
+        if checkpoint is not None:
+            check_layout(checkpoint, self._layout)
         parallel.join(
             self._deepspeed,
             device=self._device,
@@ -100,6 +114,12 @@ class LearnerRank:
             config=config,
             lr_scheduler=None if "scheduler" in config else schedule,
         )
+        if checkpoint is not None:
+            load_state(self._engine, checkpoint, rank=rank, device=self._device)
+
+    @property
+    def _layout(self) -> Layout:
+        return Layout(ranks=self._world_size, zero_stage=self._train.zero_stage)
 
     def stop(self) -> None:
         """Let go of the model and of the other ranks; ``start`` may follow, with a new port."""
@@ -149,6 +169,11 @@ class LearnerRank:
         self.export(lambda name, tensor: weights.update({name: tensor.detach().to("cpu", copy=True)}))
         if self._rank == 0:
             save_model(self._engine.module, weights, self._model_path, folder)
+
+    def save_checkpoint(self, folder: str) -> None:
+        """Write everything that a later ``start`` needs to go on bit for bit. The files are there when it returns, not
+        yet synced to the disk. Raises CheckpointFailed on every rank alike; the learner can go on."""
+        save_state(self._engine, folder, rank=self._rank, layout=self._layout, device=self._device)
 
     def probe_logprobs(self, token_ids: Sequence[Sequence[int] | NDArray[np.int32]]) -> list[NDArray[np.float32]]:
         """Log-probabilities of given sequences at temperature 1: for each float32 [T], 0 at its first token."""

@@ -21,9 +21,11 @@ from rlsys.config.schema import TrainSection
 from rlsys.controller.loops import Loops
 from rlsys.controller.parts import Parts
 from rlsys.controller.plan import Plan
+from rlsys.controller.state import RunState
+from rlsys.prompts.source import SourceCounts
 from rlsys.records import Draw, LoadReport, Probe, Prompt, StepReport, StopReason, Turn, Version, WeightVersion
 from rlsys.rollout.play import PlaySpec
-from rlsys.sim.fleet import SimFleet
+from rlsys.sim.fleet import SimCheckpoints, SimDisk, SimFleet
 from rlsys.sim.world import RecordingSink
 from rlsys.train.learner import LearnerRank
 from rlsys.weights.pool import SegmentPool
@@ -93,6 +95,13 @@ class FixedSource:
     def requeue(self, prompt: Prompt) -> bool:
         raise AssertionError(f"{prompt.group_id} was lost")
 
+    def counts(self) -> SourceCounts:
+        return SourceCounts(drawn=self._index + 1, waiting=0)
+
+    def cursor(self, unfinished: Sequence[Prompt]) -> dict[str, int]:
+        assert not unfinished
+        return {"index": self._index}
+
     def eval_prompts(self) -> list[Prompt]:
         return [Prompt(draw=Draw(source="law-eval", index=0, epoch=0), content="9999")]
 
@@ -118,6 +127,7 @@ def run_system(rank: LearnerRank) -> tuple[OwnLearner, Loops]:
             version=Version(incarnation=0, step=step),
         )
 
+    disk = SimDisk()
     plan = Plan(
         steps=STEPS,
         prompts_per_batch=PROMPTS,
@@ -125,6 +135,7 @@ def run_system(rank: LearnerRank) -> tuple[OwnLearner, Loops]:
         age_policy="drop",
         slots=PROMPTS * GROUP,
         spec=PlaySpec(group_size=GROUP, temperature=1.0, max_tokens=NUM_TOKENS, seed=SEED),
+        checkpoint_every_steps=0,
         eval_every_steps=0,
         pass_samples=0,
         pass_at=(),
@@ -143,13 +154,14 @@ def run_system(rank: LearnerRank) -> tuple[OwnLearner, Loops]:
         learner=learner,
         make_batch=make_batch,
         segments=SegmentPool(["a", "b"]),
-        sink=RecordingSink(),
+        checkpoints=SimCheckpoints(clock, disk, save_s=0.0),
+        sink=RecordingSink(disk),
         clock=clock,
     )
 
     async def main() -> Loops:
         buffer = ReplayBuffer(max_staleness=0, age_policy="drop")
-        loops = Loops(replace(parts, buffer=buffer), plan, Version(incarnation=0, step=0))
+        loops = Loops(replace(parts, buffer=buffer), plan, RunState())
         await loops.run()
         return loops
 

@@ -50,7 +50,7 @@ def test_asynchronous_runs_overlap_and_so_end_sooner():
 
 
 def test_an_engine_that_crashes_costs_its_rollouts_and_nothing_else():
-    world = World(steps=12, tokens_per_s=3.0, crashes={1: 5.0})
+    world = World(steps=12, num_questions=48, tokens_per_s=3.0, crashes={1: 5.0})
     report = simulate(world)
     check_laws(report, world)
     lost = report.loops.ledger.dropped
@@ -64,7 +64,7 @@ def test_an_engine_that_crashes_costs_its_rollouts_and_nothing_else():
 
 
 def test_a_run_that_loses_its_last_engine_ends_and_says_so():
-    with pytest.raises(FleetLost, match="rollout-0"):
+    with pytest.raises(FleetLost, match="the last one, rollout-[01]: .*crashed"):
         simulate(World(crashes={0: 4.0, 1: 3.0}))
 
 

@@ -60,7 +60,7 @@ def test_log_is_continued_line_by_line(tmp_path):
     folder = RunFolder(tmp_path, "first")
     for word in ("one", "two"):
         log = folder.open_log()
-        log.write(word + "\n")
+        log.write(word.encode() + b"\n")
         assert folder.log_path.read_text().endswith(word + "\n")  # there before close
         log.close()
     assert folder.log_path.read_text() == "one\ntwo\n"
@@ -124,3 +124,21 @@ def test_terminal_without_the_characters_is_no_error(tmp_path):
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
     assert done.stdout == "reward ? 0.9\n"
+
+
+def test_printing_on_a_full_disk_is_no_error(tmp_path):
+    done = run_script(
+        tmp_path,
+        """
+        import resource
+        with redirect_library_output(log) as terminal:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            print("noise", flush=True)
+            print("noise", file=sys.stderr)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            print("noise again")
+        print("after")
+        """,
+    )
+    assert done.stdout == "after\n" and done.stderr == ""
+    assert (tmp_path / "log.txt").read_text() == "noise again\n"

@@ -8,9 +8,12 @@ import threading
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
 from rlsys.observe import rollout_log as rollout_log_module
+from rlsys.observe.append_file import AppendFile
+from rlsys.observe.lineage import CommitLog
 from rlsys.observe.progress import Progress
 from rlsys.observe.ray_metrics import RayGauges, gauge_name
 from rlsys.observe.rollout_log import MAX_PENDING, RolloutLog
@@ -62,22 +65,33 @@ def test_each_step_is_one_flat_line_of_strict_json(tmp_path):
     file.close()
 
 
-def read_scalars(folder):
+def read_events(folder):
     [path] = folder.iterdir()
-    data, scalars = path.read_bytes(), []
+    data, events = path.read_bytes(), []
     while data:
         length = int.from_bytes(data[:8], "little")  # a record: length, its checksum, bytes, their checksum
-        event = Event.FromString(data[12 : 12 + length])
-        scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        for part, checksum in ((data[:8], data[8:12]), (data[12 : 12 + length], data[12 + length : 16 + length])):
+            assert masked_crc32c(part) == int.from_bytes(checksum, "little")
+        events.append(Event.FromString(data[12 : 12 + length]))
         data = data[16 + length :]
-    return scalars
+    return events
+
+
+def read_scalars(folder):
+    return [
+        (event.step, value.tag, value.simple_value) for event in read_events(folder) for value in event.summary.value
+    ]
 
 
 def test_tensorboard_gets_the_finite_numbers_at_their_step(tmp_path):
-    board = TensorBoard(tmp_path / "tensorboard")
-    board.step(3, VERSION, 1.5, {"critic/score/mean": 0.5, "actor/grad_norm": math.inf})
-    board.close()
-    assert read_scalars(tmp_path / "tensorboard") == [(3, "critic/score/mean", 0.5)]
+    board = TensorBoard(tmp_path / "tensorboard", first_step=3)
+    board.step(3, VERSION, 1.5, {"critic/score/mean": 0.5, "actor/grad_norm": math.inf, "lag": np.float32(2)})
+    assert board.close() == []
+    assert read_scalars(tmp_path / "tensorboard") == [(3, "critic/score/mean", 0.5), (3, "lag", 2.0)]
+    version, start, _ = read_events(tmp_path / "tensorboard")
+    assert version.file_version == "brain.Event:2"
+    # from here on TensorBoard forgets what was written of step 3 and later
+    assert (start.step, start.session_log.status) == (3, SessionLog.START)
 
 
 def test_rollouts_are_written_with_who_sampled_them_and_how_old_they_are(tmp_path):
@@ -138,12 +152,17 @@ def test_oldest_rollouts_go_when_the_log_is_full(tmp_path):
 
 
 def make_sink(tmp_path, **parts):
-    terminal, text = io.StringIO(), io.StringIO()
-    progress = Progress(terminal, total_steps=20)
-    trackers = Trackers([MetricsFile(tmp_path / "metrics.jsonl")])
+    terminal, log = io.StringIO(), tmp_path / "log.txt"
     ticks = iter(range(100))
-    sink = RunSink(trackers=trackers, progress=progress, log=text, clock=lambda: float(next(ticks)), **parts)
-    return sink, terminal, text
+    sink = RunSink(
+        trackers=Trackers([MetricsFile(tmp_path / "metrics.jsonl")]),
+        progress=Progress(terminal, total_steps=20),
+        log=AppendFile(log),
+        commits=CommitLog(tmp_path / "commits.jsonl"),
+        clock=lambda: float(next(ticks)),
+        **parts,
+    )
+    return sink, terminal, log
 
 
 def test_sink_hands_everything_on(tmp_path):
@@ -155,17 +174,20 @@ def test_sink_hands_everything_on(tmp_path):
             self.values |= values
 
     gauges, rollouts = Gauges(), RolloutLog(tmp_path / "rollouts", 1)
-    sink, terminal, text = make_sink(tmp_path, gauges=gauges, rollout_log=rollouts)
+    sink, terminal, log = make_sink(tmp_path, gauges=gauges, rollout_log=rollouts)
     sink.live({"buffer/lead": 64.0})
     sink.step(3, VERSION, {"critic/score/mean": 0.5})
     sink.rollouts(2, [make_group()])
     sink.event("rollout-1 is out of service")
+    sink.commit(VERSION, ["sums:0:0"])
     sink.close("done: 3 steps")
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row == {"step": 3, "version": "0.3", "time_s": 1.0, "critic/score/mean": 0.5}
+    row = json.loads((tmp_path / "commits.jsonl").read_text())
+    assert row == {"step": 3, "version": "0.3", "draws": ["sums:0:0"]}
     assert gauges.values == {"buffer/lead": 64.0, "step": 3, "critic/score/mean": 0.5}
     assert (tmp_path / "rollouts" / "step_000002.parquet").exists()
-    assert text.getvalue().endswith(" rollout-1 is out of service\n")
+    assert log.read_text().endswith(" rollout-1 is out of service\n")
     lines = terminal.getvalue().splitlines()
     assert "step 3/20 | version 0.3" in lines[0] and "reward 0.500" in lines[0] and "lead 64" in lines[0]
     assert lines[1:] == ["rollout-1 is out of service", "done: 3 steps"]
@@ -177,13 +199,13 @@ def test_full_disk_ends_the_rollout_log_and_not_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rollout_log_module.pq, "write_table", refuse)
     rollouts = RolloutLog(tmp_path / "rollouts", 1)
-    sink, _, text = make_sink(tmp_path, rollout_log=rollouts)
+    sink, _, log = make_sink(tmp_path, rollout_log=rollouts)
     sink.rollouts(1, [make_group()])
     rollouts.close()
     sink.rollouts(2, [make_group()])
     sink.rollouts(3, [make_group()])
     sink.close()
-    assert text.getvalue().count("sampled rollouts are no longer written: OSError: [Errno 28] No space left") == 1
+    assert log.read_text().count("sampled rollouts are no longer written: OSError: [Errno 28] No space left") == 1
 
 
 def test_gauges_are_named_for_prometheus_and_tagged_with_their_run():

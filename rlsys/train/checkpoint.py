@@ -1,0 +1,145 @@
+"""What the learner keeps on disk: DeepSpeed's own checkpoint, and what DeepSpeed leaves out.
+
+::
+
+    layout.json        ranks and ZeRO stage that wrote it (rank 0); read without torch, so before an actor starts
+    deepspeed/         weights, optimizer and learning-rate schedule, as DeepSpeed writes them, every rank its part
+    rng_<rank>.pt      torch's generators of each rank
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlsys.errors import CheckpointDamaged, CheckpointFailed, ConfigError
+
+_LAYOUT = "layout.json"
+_TAG = "deepspeed"  # DeepSpeed's name for the folder that it writes into
+_WRITE_ERRORS = (OSError, RuntimeError)  # a full disk is the first to Python's files, the second to torch's own
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How the learner's state was spread when it was saved. DeepSpeed reads it back on the same layout only."""
+
+    ranks: int
+    zero_stage: int
+
+
+def saved_layout(folder: Path | str) -> Layout:
+    """The layout of a saved learner. Raises CheckpointDamaged where there is none."""
+    path = Path(folder) / _LAYOUT
+    try:
+        return Layout(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
+
+
+def check_layout(folder: Path | str, layout: Layout) -> None:
+    """Refuse a learner in ``folder`` that was saved under another layout. Raises ConfigError."""
+    saved = saved_layout(folder)
+    for key in ("ranks", "zero_stage"):
+        got, wanted = getattr(layout, key), getattr(saved, key)
+        if got != wanted:
+            raise ConfigError(
+                f"train.{key}",
+                str(got),
+                f"{wanted}, as in the checkpoint {folder}",
+                f"Resume with train.{key}={wanted}, or start a new run from the model that the other one saved.",
+            )
+
+
+def save_state(engine: Any, folder: Path | str, *, rank: int, layout: Layout, device: str) -> None:
+    """Write the state of every rank into ``folder``, which they all see. A collective: all files are there when it
+    returns, on every rank.
+
+    Args:
+        engine: DeepSpeed's.
+
+    Raises:
+        CheckpointFailed: on every rank alike, where one of them could not write. The engine can go on.
+    """
+    failure: Exception | None = None
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        _save_own(Path(folder), rank, layout, device)
+    except _WRITE_ERRORS as error:
+        failure = error
+    _agree(failure, folder, device)
+    writer = _ToldWriter(engine.checkpoint_engine)
+    engine.checkpoint_engine = writer
+    engine._copy_recovery_script = _copy_nothing
+    try:
+        engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+    finally:
+        engine.checkpoint_engine = writer.wrapped
+    _agree(writer.failure, folder, device)
+
+
+def load_state(engine: Any, folder: Path | str, *, rank: int, device: str) -> None:
+    """Take up the state that ``save_state`` wrote, into a new engine of the same layout. A collective.
+
+    Raises:
+        CheckpointDamaged: there are no files of DeepSpeed's.
+    """
+    import torch
+
+    path, _ = engine.load_checkpoint(str(folder), tag=_TAG)
+    if path is None:
+        raise CheckpointDamaged(f"{folder} holds no learner: DeepSpeed finds none of its files in {_TAG}/")
+    states = torch.load(_rng_path(Path(folder), rank), weights_only=True)
+    torch.set_rng_state(states["cpu"])
+    if device == "cuda":
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+class _ToldWriter:
+    """DeepSpeed's writer of files, except that a failure is kept instead of raised.
+
+    ``save_checkpoint`` is a row of collectives with a write between two of them: a rank that raised would leave the
+    others waiting for it until the deadline.
+    """
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+        self.failure: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
+
+    def save_state(self, state_dict: Any, path: str) -> None:
+        try:
+            self.wrapped.save(state_dict, path)
+        except _WRITE_ERRORS as error:
+            self.failure = error
+
+
+def _copy_nothing(folder: str) -> None:
+    """In place of DeepSpeed's copying of two of its own scripts into every checkpoint."""
+
+
+def _save_own(folder: Path, rank: int, layout: Layout, device: str) -> None:
+    import torch
+
+    if rank == 0:
+        (folder / _LAYOUT).write_text(json.dumps(asdict(layout)) + "\n")
+    states = {"cpu": torch.get_rng_state()}
+    if device == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    torch.save(states, _rng_path(folder, rank))
+
+
+def _rng_path(folder: Path, rank: int) -> Path:
+    return folder / f"rng_{rank}.pt"
+
+
+def _agree(failure: Exception | None, folder: Path | str, device: str) -> None:
+    """Raise on every rank where one of them failed. A collective."""
+    from rlsys.train import parallel
+
+    if parallel.on_any_rank(failure is not None, device):
+        what = f"{failure!r}" if failure is not None else "another rank failed"
+        raise CheckpointFailed(f"the learner's part of {folder} could not be written: {what}. Free space there.")

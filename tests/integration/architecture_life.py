@@ -1,0 +1,238 @@
+"""The life of a model through every real part, in a process of its own: learner, weight segment, engine, play, saving.
+
+One process lives all lives in turn, so that what is slow to import is imported once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from rlsys.algo.advantages import grpo
+from rlsys.algo.corrections import tis
+from rlsys.algo.losses import ppo_clip
+from rlsys.batch.build import build
+from rlsys.batch.pack import pack
+from rlsys.config.schema import TrainSection
+from rlsys.envs.single_turn import SingleTurn
+from rlsys.records import Draw, LoadReport, Probe, Prompt, Rollout, RolloutGroup, Version, WeightVersion
+from rlsys.rollout.play import PlaySpec, play_group
+from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
+from rlsys.weights.owner import end_with_owner
+from rlsys.weights.probe import probe_sequences
+from rlsys.weights.segment import SegmentWriter, segment_path
+
+DEADLINE_S = 300.0
+PROMPTS = ("1 + 2 =", "What is larger, four or seven?")
+GROUP_SIZE = 6
+MAX_TOKENS = 40
+TOKENS_PER_MICROBATCH = 256  # several microbatches; short rollouts share rows
+LEARNING_RATE = 2e-2  # Adam: so much does every weight move in a step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Life:
+    """What a life showed.
+
+    Attributes:
+        loads: of version 0 and of version 2.
+        before, after: rollouts sampled under version 0 and under version 2.
+        learner_logprobs: the learner's at version 2 of the rollouts of ``after``.
+        metrics: of the two training steps.
+        probes: at version 0 and at version 2.
+        seconds: of the whole life.
+    """
+
+    loads: tuple[LoadReport, LoadReport]
+    before: list[Rollout]
+    after: list[Rollout]
+    learner_logprobs: list[np.ndarray]
+    metrics: list[dict[str, float]]
+    probes: tuple[Probe, Probe]
+    seconds: float
+
+
+class Lives:
+    """A process that lives the lives it is sent."""
+
+    def __init__(self) -> None:
+        context = mp.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, os.getpid()))  # no daemon: engines are its children
+        self._process.start()
+
+    def live(self, folder: Path, saved: Path, zero_stage: int) -> Life:
+        """The life of the model in ``folder``; the trained one is written to ``saved``."""
+        self._pipe.send((folder, saved, zero_stage))
+        if not self._pipe.poll(DEADLINE_S):
+            raise TimeoutError(f"the life of {folder.name} did not end in {DEADLINE_S} s")
+        answer = self._pipe.recv()
+        if isinstance(answer, str):
+            raise RuntimeError(f"the life of {folder.name} broke off:\n{answer}")
+        return answer
+
+    def stop(self) -> None:
+        self._pipe.close()  # the process ends at the end of its pipe, its engines with it
+        self._process.join(DEADLINE_S)
+
+
+def _serve(pipe: Any, owner: int) -> None:
+    end_with_owner(owner)
+    os.environ.update(engine_environment(cpus=1, gpus=0))
+    with asyncio.Runner() as runner:
+        while True:
+            try:
+                folder, saved, zero_stage = pipe.recv()
+            except EOFError:
+                return
+            try:
+                pipe.send(runner.run(_life(folder, saved, zero_stage)))
+            except Exception:  # the boundary of the process: the test shows the traceback
+                pipe.send(traceback.format_exc())
+
+
+async def _life(folder: Path, saved: Path, zero_stage: int) -> Life:
+    from rlsys.rollout.vllm_engine import VllmEngine  # reads the environment when it is imported
+
+    started = perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    publisher = _Publisher(folder, zero_stage)
+    engine = VllmEngine(
+        "rollout-0",
+        VllmSettings(
+            model=str(folder),
+            dtype="float32",
+            max_model_len=96,
+            slots=16,
+            seed=0,
+            start_timeout_s=DEADLINE_S,
+            timeout_s=60,
+        ),
+    )
+    try:
+        await engine.start()
+        first = publisher.publish(0)
+        loads = [await engine.load_weights(first)]
+        groups = await _play(engine, tokenizer, step=0)
+        metrics = [publisher.learner.step(_batch(groups, step)) for step in (0, 1)]
+        second = publisher.publish(2, previous=first.probe)
+        loads.append(await engine.load_weights(second))
+        after = _rollouts(await _play(engine, tokenizer, step=2))
+        logprobs = publisher.learner.probe_logprobs([rollout.token_ids_T for rollout in after])
+        publisher.learner.save_hf(str(saved))
+    finally:
+        publisher.stop()
+        await engine.stop()
+    return Life(
+        loads=(loads[0], loads[1]),
+        before=_rollouts(groups),
+        after=after,
+        learner_logprobs=logprobs,
+        metrics=metrics,
+        probes=(first.probe, second.probe),
+        seconds=perf_counter() - started,
+    )
+
+
+class _Publisher:
+    """A learner of one rank, and the segment it writes to."""
+
+    def __init__(self, folder: Path, zero_stage: int) -> None:
+        from rlsys.train.learner import LearnerRank
+
+        self.learner = LearnerRank(
+            model_path=str(folder),
+            train=TrainSection(zero_stage=zero_stage, lr=LEARNING_RATE, timeout_s=60.0),
+            temperature=1.0,
+            loss=(ppo_clip, {}),
+            correction=(tis, {"cap": 2.0}),
+            seed=0,
+            threads=1,
+        )
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.learner.start(0, 1, "127.0.0.1", port)
+        self._path = segment_path(folder.name, "0")
+        self._writer = SegmentWriter(self._path, torch.float32)
+        self._tokens = probe_sequences(self.learner.vocab_size, seed=0)
+
+    def publish(self, step: int, previous: Probe | None = None) -> WeightVersion:
+        self.learner.export(self._writer.write)
+        return WeightVersion(
+            version=Version(incarnation=0, step=step),
+            segment=str(self._path),
+            tensors=self._writer.finish(),
+            probe=Probe(token_ids=self._tokens, logprobs=tuple(self.learner.probe_logprobs(self._tokens))),
+            previous_probe=previous,
+        )
+
+    def stop(self) -> None:
+        self.learner.stop()
+        self._path.unlink(missing_ok=True)
+
+
+async def _play(engine: Any, tokenizer: Any, step: int) -> list[RolloutGroup]:
+    spec = PlaySpec(group_size=GROUP_SIZE, temperature=1.0, max_tokens=MAX_TOKENS, seed=step)
+    prompts = [
+        Prompt(draw=Draw(source="test", index=index, epoch=0), content=content) for index, content in enumerate(PROMPTS)
+    ]
+    return await asyncio.gather(
+        *(
+            play_group(
+                prompt,
+                spec,
+                engine=engine,
+                engine_name="rollout-0",
+                make_env=SingleTurn,
+                tokenizer=tokenizer,
+                clock=_WallClock(),
+            )
+            for prompt in prompts
+        )
+    )
+
+
+class _WallClock:
+    def now(self) -> float:
+        return perf_counter()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+def _batch(groups: Sequence[RolloutGroup], step: int) -> Any:
+    """Rewards 0, 1, 0, 1 ... in each group."""
+    scored = [
+        replace(
+            group,
+            rollouts=tuple(
+                replace(rollout, reward=float(member % 2)) for member, rollout in enumerate(group.rollouts)
+            ),
+        )
+        for group in groups
+    ]
+    return pack(
+        build(scored, advantage=grpo, oldest_step=None),
+        ranks=1,
+        steps_per_batch=1,
+        tokens_per_microbatch=TOKENS_PER_MICROBATCH,
+        pad_token_id=0,
+        version=Version(incarnation=0, step=step),
+    ).for_rank(0)
+
+
+def _rollouts(groups: Sequence[RolloutGroup]) -> list[Rollout]:
+    return [rollout for group in groups for rollout in group.rollouts]

@@ -1,0 +1,267 @@
+"""A learner that was saved goes on in other processes as if it had never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing as mp
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlsys.algo.advantages import grpo
+from rlsys.algo.corrections import tis
+from rlsys.algo.losses import ppo_clip
+from rlsys.batch.build import build
+from rlsys.batch.pack import pack
+from rlsys.batch.tensors import Batch
+from rlsys.config.schema import TrainSection
+from rlsys.errors import CheckpointDamaged, CheckpointFailed, ConfigError
+from rlsys.records import Version
+from rlsys.train.checkpoint import Layout, check_layout, saved_layout
+from tests.laws.learner_ranks import DEADLINE_S, TEMPERATURE, make_groups, make_model, section
+
+pytestmark = pytest.mark.engines
+
+WARMUP_STEPS, LR = 8, 1e-2
+ADAMW = {"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}}}
+BFLOAT16 = {"bf16": {"enabled": True}}
+EVERY_PARAMETER_SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Life:
+    """What a rank saw: metrics per batch (times left out), random numbers drawn at the checkpoint, final weights (rank
+    0 only)."""
+
+    metrics: list[dict[str, float]]
+    drawn: list[float]
+    weights: dict[str, np.ndarray]
+
+
+def live(
+    rank: int,
+    world_size: int,
+    port: int,
+    model_path: str,
+    train: TrainSection,
+    batches: Sequence[Batch],
+    *,
+    checkpoint: str | None = None,
+    save_after: int = -1,
+    save_to: str = "",
+    max_file_bytes: Mapping[int, int] | None = None,
+) -> Life:
+    """One rank from start to stop; it draws random numbers at the checkpoint.
+
+    Args:
+        save_after: so many batches.
+        max_file_bytes: by rank, how long its files may become in a first attempt to save, which has to fail.
+    """
+    from rlsys.train.learner import LearnerRank
+
+    learner = LearnerRank(
+        model_path=model_path,
+        train=train,
+        temperature=TEMPERATURE,
+        loss=(ppo_clip, {}),
+        correction=(tis, {"cap": 2.0}),
+        seed=11 + rank,
+        threads=1,
+    )
+    metrics: list[dict[str, float]] = []
+    drawn: list[float] = []
+    weights: dict[str, np.ndarray] = {}
+    try:
+        learner.start(rank, world_size, "127.0.0.1", port, checkpoint=checkpoint)
+        if checkpoint is not None:
+            drawn = torch.rand(3).tolist()
+        for index, batch in enumerate(batches):
+            if index == save_after:
+                if max_file_bytes is not None:
+                    fail_to_save(learner, save_to, max_file_bytes.get(rank))
+                learner.save_checkpoint(save_to)
+                drawn = torch.rand(3).tolist()
+            metrics.append(learner.step(batch.for_rank(rank)))
+        learner.export(lambda name, tensor: weights.update({name: tensor.float().numpy().copy()}))
+    finally:
+        learner.stop()
+    return Life(
+        metrics=[{name: value for name, value in own.items() if "timing_s" not in name} for own in metrics],
+        drawn=drawn,
+        weights=weights,
+    )
+
+
+def fail_to_save(learner: Any, folder: str, max_bytes: int | None) -> None:
+    """A full disk: files of this process cannot grow beyond ``max_bytes``, where that is given."""
+    limit = resource.RLIM_INFINITY if max_bytes is None else max_bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(CheckpointFailed, match="could not be written"):
+            learner.save_checkpoint(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+Lives = Callable[..., list[Life]]
+
+
+def lives_in(processes: ProcessPoolExecutor) -> Lives:
+    """``live`` on so many of ``processes`` at once, one rank each."""
+
+    def run(world_size: int, *arguments: Any, **keys: Any) -> list[Life]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [processes.submit(live, rank, world_size, port, *arguments, **keys) for rank in range(world_size)]
+        return [rank.result(timeout=DEADLINE_S) for rank in ranks]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def first() -> Iterator[Lives]:
+    with ProcessPoolExecutor(2, mp_context=mp.get_context("spawn")) as processes:
+        yield lives_in(processes)
+
+
+@pytest.fixture(scope="module")
+def second() -> Iterator[Lives]:
+    with ProcessPoolExecutor(2, mp_context=mp.get_context("spawn")) as processes:
+        yield lives_in(processes)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def six_batches(world_size: int, steps_per_batch: int) -> list[Batch]:
+    """Every pair of four groups; tokens of two versions."""
+    batches = []
+    for step, pair in enumerate(itertools.combinations(range(4), 2)):
+        version = Version(incarnation=0, step=7 + step)
+        groups = make_groups(version)
+        batches.append(
+            pack(
+                build([groups[index] for index in pair], advantage=grpo, oldest_step=version.step - 1),
+                ranks=world_size,
+                steps_per_batch=steps_per_batch,
+                tokens_per_microbatch=64,
+                pad_token_id=3,
+                version=version,
+            )
+        )
+    return batches
+
+
+def adamw(zero_stage: int, ranks: int, **deepspeed: Any) -> TrainSection:
+    return section(
+        zero_stage,
+        ranks,
+        lr=LR,
+        max_grad_norm=1.0,
+        warmup_steps=WARMUP_STEPS,
+        deepspeed={**ADAMW, **(EVERY_PARAMETER_SHARDED if zero_stage == 3 else {}), **deepspeed},
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "zero_stage", "steps_per_batch", "passed"),
+    [
+        (1, 0, 2, {}),
+        (1, 1, 2, {}),
+        (1, 2, 1, {}),
+        (1, 3, 2, {}),
+        (2, 0, 1, {}),
+        (2, 2, 2, {}),
+        (2, 3, 2, {}),
+        (1, 0, 2, BFLOAT16),
+        (2, 2, 1, BFLOAT16),
+    ],
+)
+def test_a_learner_goes_on_from_its_checkpoint_bit_for_bit(
+    first, second, model_path, tmp_path, ranks, zero_stage, steps_per_batch, passed
+):
+    train = adamw(zero_stage, ranks, **passed)
+    batches = six_batches(ranks, steps_per_batch)
+    folder = tmp_path / "learner"
+    whole = first(ranks, model_path, train, batches, save_after=3, save_to=str(folder))
+    resumed = second(ranks, model_path, train, batches[3:], checkpoint=str(folder))
+    for rank in range(ranks):
+        assert resumed[rank].metrics == whole[rank].metrics[3:]
+        assert resumed[rank].drawn == whole[rank].drawn
+    assert whole[0].weights.keys() == resumed[0].weights.keys()
+    for name, weight in whole[0].weights.items():
+        assert np.array_equal(resumed[0].weights[name], weight), name
+    # the metric is the rate of a batch's last optimizer step; the warm-up ends in the fourth batch of two steps
+    done = [(index + 1) * steps_per_batch for index in range(6)]
+    assert [own["actor/lr"] for own in whole[0].metrics] == [LR * min(1.0, step / WARMUP_STEPS) for step in done]
+    assert ranks == 1 or whole[0].drawn != whole[1].drawn
+
+
+def test_a_checkpoint_is_the_state_and_nothing_else(first, model_path, tmp_path):
+    folder = tmp_path / "nested" / "learner"
+    first(2, model_path, adamw(2, 2), six_batches(2, 1)[:2], save_after=1, save_to=str(folder))
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert files == [
+        "nested/learner/deepspeed/mp_rank_00_model_states.pt",
+        "nested/learner/deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "nested/learner/deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        "nested/learner/layout.json",
+        "nested/learner/rng_0.pt",
+        "nested/learner/rng_1.pt",
+    ]
+    weights_bytes = (Path(model_path) / "model.safetensors").stat().st_size
+    total = sum(path.stat().st_size for path in tmp_path.rglob("*"))
+    assert total < 4.3 * weights_bytes  # the weights, ZeRO's float32 copy of them, and two moments
+
+
+@pytest.mark.parametrize(("max_bytes", "zero_stage"), [(1000, 2), (100_000, 3)])  # of its own files, or of DeepSpeed's
+def test_a_rank_that_cannot_write_fails_the_checkpoint_on_all_and_they_go_on(
+    first, second, model_path, tmp_path, max_bytes, zero_stage
+):
+    train, batches = adamw(zero_stage, 2), six_batches(2, 1)[:3]
+    folder = str(tmp_path / "learner")
+    limits = {1: max_bytes}
+    whole = first(2, model_path, train, batches, save_after=1, save_to=folder, max_file_bytes=limits)
+    resumed = second(2, model_path, train, batches[1:], checkpoint=folder)
+    assert resumed[1].metrics == whole[1].metrics[1:]
+
+
+def test_another_layout_is_refused_before_the_ranks_meet(first, second, model_path, tmp_path):
+    folder = str(tmp_path)
+    first(1, model_path, adamw(2, 1), six_batches(1, 1)[:1], save_after=0, save_to=folder)
+    assert saved_layout(folder) == Layout(ranks=1, zero_stage=2)
+    check_layout(folder, Layout(ranks=1, zero_stage=2))
+    with pytest.raises(ConfigError) as caught:
+        second(1, model_path, adamw(1, 1), [], checkpoint=folder)
+    assert (caught.value.what, caught.value.got) == ("train.zero_stage", "1")
+    assert caught.value.wanted.startswith("2, as in") and "train.zero_stage=2" in caught.value.remedy
+    with pytest.raises(ConfigError) as caught:
+        check_layout(folder, Layout(ranks=2, zero_stage=2))
+    assert caught.value.what == "train.ranks"
+
+
+def test_a_folder_without_a_learner_is_refused(second, model_path, tmp_path):
+    with pytest.raises(CheckpointDamaged, match="layout.json"):
+        second(1, model_path, adamw(0, 1), [], checkpoint=str(tmp_path))
+    (tmp_path / "layout.json").write_text('{"ranks": 1, "zero_stage": 0}')
+    with pytest.raises(CheckpointDamaged, match="holds no learner"):
+        second(1, model_path, adamw(0, 1), [], checkpoint=str(tmp_path))
+
+
+def test_the_layout_is_read_without_heavy_libraries():
+    code = "import sys, rlsys.train.checkpoint; print([name for name in ('torch', 'deepspeed') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
