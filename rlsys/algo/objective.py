@@ -1,18 +1,32 @@
-"""The one objective: sum over tokens of correction weight x policy loss, as a sum that the caller divides once.
+"""The one objective: correction weight x policy loss, plus divergence, less entropy, as a sum that is divided once.
 
-Legend: T packed tokens.
+    loss_sum = sum_t c_t (w_t loss_t + kl_coef kl_t - entropy_coef H_t),    divided by the global count
+
+w from the correction, loss at an anchor, c and the count from the aggregation, over the tokens that no rejection took
+out. Three functions take the same rows: ``objective_statistics`` before the pass, where a row has batch scope;
+``objective_count`` before the pass, where a row rejects; ``policy_objective`` in it. Legend: T packed tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from rlsys.algo.aggregation import Aggregate, token_mean
 from rlsys.algo.corrections import TokenWeights
 from rlsys.algo.losses import TokenLosses
-from rlsys.algo.measures import Max, Mean, Measure, Min
+from rlsys.algo.measures import Max, Mean, Measure, Min, Sum, merge
+from rlsys.algo.offpolicy import rejected_sequences, sequence_distance, token_distance, weight_measures
+from rlsys.algo.prepass import Settled, Statistics
+from rlsys.algo.rows import call_row, collect, facts_of, settle
+
+Anchor = Literal["proximal", "behaviour"]
+Correction = Callable[..., TokenWeights]
+Loss = Callable[..., TokenLosses]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,46 +34,167 @@ class ObjectiveSum:
     """What one microbatch adds to the objective.
 
     Attributes:
-        loss_sum: 0-d, with gradient: sum of w_t * loss_t over the weighted tokens, divided by nothing.
+        loss_sum: 0-d, with gradient, divided by nothing.
+        count: 0-d float64, to be added over microbatches and ranks and divided by; None where nothing divides.
         measures: metrics of loss, correction and advantages.
     """
 
     loss_sum: Tensor
+    count: Tensor | None
     measures: Mapping[str, Measure]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowsSettled:
+    """What the pre-passes of the rows settled over the whole batch; None for a row without one."""
+
+    loss: Settled | None = None
+    correction: Settled | None = None
 
 
 def policy_objective(
     *,
-    policy_logprobs_T: Tensor,
-    proximal_logprobs_T: Tensor,
-    behaviour_logprobs_T: Tensor,
-    advantages_T: Tensor,
-    mask_T: Tensor,
+    loss: Loss,
+    correction: Correction,
+    rejections: Sequence[Correction] = (),
+    anchor: Anchor = "proximal",
+    aggregation: Callable[..., Aggregate] = token_mean,
+    kl: Callable[..., Tensor] | None = None,
+    kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    settled: RowsSettled | None = None,
     on_policy_mask_T: Tensor,
-    loss: Callable[..., TokenLosses],
-    correction: Callable[..., TokenWeights],
+    **inputs: Any,
 ) -> ObjectiveSum:
-    """sum_t w_t * loss(policy, anchor = proximal, advantages)_t over the tokens of ``mask_T``.
+    """This microbatch's share of the objective.
 
     Args:
-        policy_logprobs_T, proximal_logprobs_T, behaviour_logprobs_T, advantages_T: float [T]; gradient flows through
-            the first only.
-        mask_T: bool [T], tokens that carry weight.
+        loss, correction, aggregation: rows of POLICY_LOSSES, CORRECTIONS, AGGREGATIONS with their parameters bound.
+        rejections: further rows of CORRECTIONS, that reject; a token goes where one of them rejects it.
+        anchor: centre of the loss's trust region.
+        kl: row of KL_ESTIMATORS; None leaves the term out.
+        kl_coef, entropy_coef: weights of the terms.
+        settled: of ``settle_rows``; None where no row has batch scope.
         on_policy_mask_T: bool [T], tokens sampled by the very version that is trained; only measured.
-        loss: row of POLICY_LOSSES with its parameters bound.
-        correction: row of CORRECTIONS with its parameters bound.
+        inputs: by the names of the legend. policy_logprobs_T, proximal_logprobs_T, behaviour_logprobs_T, advantages_T
+            and mask_T always; the others where a row asks for them. Without ``segments`` nothing is measured over
+            sequences. ``entropy_T`` [T] where entropy_coef is not 0. Gradient flows through policy_logprobs_T and
+            entropy_T only.
     """
-    weights = correction(proximal_logprobs_T, behaviour_logprobs_T, mask_T)
-    losses = loss(policy_logprobs_T, proximal_logprobs_T, advantages_T, mask_T)
+    settled = settled or RowsSettled()
+    mask_T = inputs["mask_T"]
+    inputs = _anchored(inputs, anchor)
+    weights = _corrected(correction, rejections, inputs, settled.correction)
+    inputs["mask_T"] = kept_T = weights.mask_T
+    losses = call_row(loss, inputs, settled.loss)
+    aggregate = call_row(aggregation, inputs)
     weighted_T = weights.weights_T * losses.loss_T
-    gap_T = (proximal_logprobs_T.detach() - behaviour_logprobs_T).abs()
+    terms_T, measures = _regularised(weighted_T, inputs, kl, kl_coef, entropy_coef)
+    pg_sum = (aggregate.coefficients_T * weighted_T.detach()).sum(dtype=torch.float64)
     own: dict[str, Measure] = {
-        "actor/pg_loss": Mean.of(weighted_T, mask_T),
-        "critic/advantages/mean": Mean.of(advantages_T, mask_T),
-        "critic/advantages/max": Max.of(advantages_T, mask_T),
-        "critic/advantages/min": Min.of(advantages_T, mask_T),
-        "rollout_corr/logprob_abs_diff_mean": Mean.of(gap_T, mask_T),
-        "rollout_corr/logprob_abs_diff_max": Max.of(gap_T, mask_T),
-        "rollout_corr/on_policy_logprob_abs_diff_mean": Mean.of(gap_T, mask_T & on_policy_mask_T),
+        "actor/pg_loss": Sum(pg_sum[None]) if aggregate.count is None else Mean(torch.stack([pg_sum, aggregate.count])),
+        "critic/advantages/mean": Mean.of(inputs["advantages_T"], kept_T),
+        "critic/advantages/max": Max.of(inputs["advantages_T"], kept_T),
+        "critic/advantages/min": Min.of(inputs["advantages_T"], kept_T),
+        **_distance(inputs, mask_T, on_policy_mask_T),
+        **weight_measures(weights.weights_T, kept_T, mask_T),
     }
-    return ObjectiveSum(loss_sum=weighted_T.sum(), measures={**own, **weights.measures, **losses.measures})
+    return ObjectiveSum(
+        loss_sum=(aggregate.coefficients_T * terms_T).sum(),
+        count=aggregate.count,
+        measures={**own, **measures, **weights.measures, **losses.measures},
+    )
+
+
+def objective_statistics(
+    *,
+    loss: Loss,
+    correction: Correction,
+    rejections: Sequence[Correction] = (),
+    anchor: Anchor = "proximal",
+    **inputs: Any,
+) -> tuple[Statistics | None, Statistics | None]:
+    """Statistics of loss and correction over one microbatch, each None for a row without a pre-pass.
+
+    Add them over the microbatches of all ranks with ``plus``, then ``settle_rows``. Arguments as in
+    ``policy_objective``; policy_logprobs_T only where the loss asks for it, detached.
+    """
+    inputs = _anchored(inputs, anchor)
+    of_correction = collect(correction, inputs)
+    inputs["mask_T"] = _left((correction, *rejections), inputs)
+    return collect(loss, inputs), of_correction
+
+
+def settle_rows(
+    loss: Loss, correction: Correction, statistics: tuple[Statistics | None, Statistics | None]
+) -> RowsSettled:
+    """What the summed statistics of ``objective_statistics`` come to."""
+    return RowsSettled(loss=settle(loss, statistics[0]), correction=settle(correction, statistics[1]))
+
+
+def objective_count(
+    *,
+    correction: Correction,
+    rejections: Sequence[Correction] = (),
+    aggregation: Callable[..., Aggregate] = token_mean,
+    **inputs: Any,
+) -> Tensor | None:
+    """The count that ``policy_objective`` will return for this microbatch, without the policy's log-probabilities.
+
+    For the division before the pass. Where no row rejects, the inputs need no log-probabilities at all.
+    """
+    return call_row(aggregation, {**inputs, "mask_T": _left((correction, *rejections), inputs)}).count
+
+
+def _anchored(inputs: Mapping[str, Any], anchor: Anchor) -> dict[str, Any]:
+    assert anchor in ("proximal", "behaviour"), f"anchor={anchor}"
+    return {**inputs, "anchor_logprobs_T": inputs[f"{anchor}_logprobs_T"]}
+
+
+def _left(corrections: Sequence[Correction], inputs: Mapping[str, Any]) -> Tensor:
+    """The weighted tokens that every rejecting row keeps; each of them sees the mask as it was."""
+    mask_T = inputs["mask_T"]
+    for correction in corrections:
+        if not facts_of(correction).keeps_count:
+            mask_T = mask_T & call_row(correction, inputs).mask_T
+    return mask_T
+
+
+def _corrected(
+    correction: Correction, rejections: Sequence[Correction], inputs: Mapping[str, Any], settled: Settled | None
+) -> TokenWeights:
+    """The correction's weights, and the mask that is left by all rows; each of them sees the mask as it was."""
+    weights = call_row(correction, inputs, settled)
+    mask_T, measures = weights.mask_T, dict(weights.measures)
+    for rejection in rejections:
+        rejected = call_row(rejection, inputs)
+        mask_T, measures = mask_T & rejected.mask_T, merge(measures, rejected.measures)
+    return TokenWeights(weights_T=weights.weights_T, mask_T=mask_T, measures=measures)
+
+
+def _regularised(
+    weighted_T: Tensor,
+    inputs: Mapping[str, Any],
+    kl: Callable[..., Tensor] | None,
+    kl_coef: float,
+    entropy_coef: float,
+) -> tuple[Tensor, dict[str, Measure]]:
+    """The weighted loss with its two further terms, [T], and their measures."""
+    measures: dict[str, Measure] = {}
+    terms_T = weighted_T
+    if kl is not None:
+        kl_T = call_row(kl, inputs)
+        terms_T = terms_T + kl_coef * kl_T
+        measures["actor/kl_loss"] = Mean.of(kl_T, inputs["mask_T"])
+    if entropy_coef != 0.0:
+        terms_T = terms_T - entropy_coef * torch.where(inputs["mask_T"], inputs["entropy_T"], 0.0)
+    return terms_T, measures
+
+
+def _distance(inputs: Mapping[str, Any], mask_T: Tensor, on_policy_mask_T: Tensor) -> dict[str, Measure]:
+    proximal_T, behaviour_T = inputs["proximal_logprobs_T"], inputs["behaviour_logprobs_T"]
+    measures = token_distance(proximal_T, behaviour_T, mask_T, on_policy_mask_T)
+    if "segments" in inputs:
+        measures |= sequence_distance(proximal_T, behaviour_T, mask_T, inputs["segments"])
+        measures |= rejected_sequences(inputs["mask_T"], mask_T, inputs["segments"])
+    return measures

@@ -1,8 +1,8 @@
 """Batch scope in two pure steps: what is collected from each microbatch and added up, and what is settled from it.
 
 A row that looks at the whole batch (a standard deviation, the k largest covariances) may not look at one microbatch:
-its gradient would depend on the packing. So its pre-pass collects statistics of every microbatch of every rank, they are
-added, settled once into a few numbers, and the row is applied with these. Legend: N values collected.
+its gradient would depend on the packing. So its pre-pass collects statistics of every microbatch of every rank, they
+are added, settled once into a few numbers, and the row is applied with these. Legend: N values collected.
 """
 
 from __future__ import annotations

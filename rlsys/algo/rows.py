@@ -30,6 +30,7 @@ LEGEND: Mapping[str, str] = {
     "segments": "Segments over T, one for each sequence",
     "token_draws_T": "float64 [T] in [0, 1), of each token its own, the same in every packing",
     "correct_T": "bool [T], tokens of a rollout whose answer is right",
+    "entropy_T": "float [T], nats, of the distribution that the token was drawn from, with gradient",
     "prompt_tokens_S": "float [S], weighted tokens of all rollouts of the sequence's prompt, over the whole batch",
     "values_T": "float [T], the critic's estimate before each token; in a value loss with gradient",
     "old_values_T": "float [T], the critic's estimate before the first step on this batch",

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -141,14 +141,14 @@ def redirect_library_output(log_path: Path) -> Iterator[TextIO]:
     saved = {fd: os.dup(fd) for fd in (1, 2)}
     log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     encoding = getattr(sys.__stdout__, "encoding", None) or "utf-8"
-    terminal = _writing_to(saved[1], encoding)
+    terminal, out, err = _writing_to(saved[1], encoding), _writing_to(1), _writing_to(2)
     try:
         for fd in saved:
             os.dup2(log_fd, fd)
-        with redirect_stdout(_writing_to(1)), redirect_stderr(_writing_to(2)):
+        with redirect_stdout(out), redirect_stderr(err):
             yield terminal
     finally:
-        _flush_all()
+        _flush_all(out, err)
         _close_quietly(terminal)
         for fd, original in saved.items():
             os.dup2(original, fd)
@@ -174,11 +174,12 @@ def _writing_to(fd: int, encoding: str = "utf-8") -> TextIO:
     return io.TextIOWrapper(lines, encoding=encoding, errors="replace", line_buffering=True)
 
 
-def _flush_all() -> None:
+def _flush_all(*streams: TextIO) -> None:
     """Bring out what Python and C still hold back, while the descriptors lead where it belongs."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (*streams, sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
-            stream.flush()
+            with suppress(OSError):  # a full disk: what is held back is lost
+                stream.flush()
     ctypes.CDLL(None).fflush(None)
 
 

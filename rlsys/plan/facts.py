@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rlsys.buffer.staleness import lead_limit
 from rlsys.config.schema import Config, Row
+from rlsys.plan.space import Space, in_units
 from rlsys.prompts.source import PromptSource
 
 
@@ -58,6 +59,16 @@ def of_references(config: Config, found: Found) -> list[str]:
         f"{config.train.tokens_per_microbatch // sequence} of that length",
         *_objective(config, found.rows),
     ]
+
+
+def of_space(config: Config, space: Space) -> str:
+    """What the run takes of shared memory and disk, and what is there."""
+    free = "the machine that the cluster chooses" if space.free_shm_bytes is None else in_units(space.free_shm_bytes)
+    return (
+        f"space: {space.num_parameters:,} parameters; shared memory: {in_units(space.shm_bytes)} for the weights, of "
+        f"{free}; disk: at most {in_units(space.disk_bytes)} for {config.checkpoint.keep + 1} checkpoints and the "
+        f"exported model, of {in_units(space.free_disk_bytes)}"
+    )
 
 
 def in_words(row: Row) -> str:

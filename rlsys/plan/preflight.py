@@ -13,6 +13,7 @@ from rlsys.models.tiny import tiny_model_path
 from rlsys.plan import facts
 from rlsys.plan.facts import Found
 from rlsys.plan.references import check_references
+from rlsys.plan.space import check_space
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +40,8 @@ def preflight(config: Config, *, resume: bool = False) -> Preflight:
     """
     check_sections(config, resume=resume)
     found = check_references(config)
-    return Preflight(found=found, sentences=facts.of_run(config) + facts.of_references(config, found))
+    space = facts.of_space(config, check_space(config))
+    return Preflight(found=found, sentences=[*facts.of_run(config), *facts.of_references(config, found), space])
 
 
 def run_inputs(config: Config, found: Found) -> Inputs:

@@ -7,7 +7,6 @@ import difflib
 import importlib.util
 import inspect
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,16 @@ from rlsys.config.schema import Config, Row
 from rlsys.errors import ConfigError
 from rlsys.models.tiny.model import MAX_POSITIONS, make_tokenizer
 from rlsys.plan.facts import Found, in_words
+from rlsys.plan.space import is_cluster_named
 from rlsys.prompts.source import PromptSource, default_reward_path, load_questions
+from rlsys.prompts.tasks import EXACT_MATCH
 from rlsys.records import Message
 from rlsys.reward.load import check_reward, load_reward
 from rlsys.rollout.play import opening_tokens
 from rlsys.rollout.vllm_settings import refuse_owned_arguments
 from rlsys.train.deepspeed_config import deepspeed_config
 
+COMPARING_REWARDS = (EXACT_MATCH, "rlsys.reward.builtin:final_number", "rlsys.reward.math_answer:math_verify_score")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
@@ -44,6 +46,7 @@ def check_references(config: Config) -> Found:
     rows = check_rows(config)
     data = load_questions(config.data)
     reward = check_reward_function(config, data.split.train[0].fields)
+    check_answers(reward, [question.answer for question in (*data.split.train, *data.split.held_out)])
     tokenizer = load_tokenizer(config)
     contents = [question.content for question in (*data.split.train, *data.split.held_out)]
     longest = longest_prompt_tokens(tokenizer, contents)
@@ -70,6 +73,18 @@ def check_reward_function(config: Config, fields: Mapping[str, Any]) -> str:
     path = config.reward.path or default_reward_path(config.data)
     check_reward(load_reward(path), fields)
     return path
+
+
+def check_answers(reward: str, answers: Sequence[Any]) -> None:
+    """Where a reward that comes with rlsys compares with an answer, every question has one."""
+    missing = sum(answer is None for answer in answers)
+    if missing and reward in COMPARING_REWARDS:
+        raise ConfigError(
+            "data.answer_key",
+            got=f"no answer to {missing:,} of {len(answers):,} questions",
+            wanted=f"an answer to every question, for {reward} to compare with",
+            remedy="name the answers' column in data.answer_key, or a reward function of your own in reward.path",
+        )
 
 
 def check_rows(config: Config) -> dict[str, str]:
@@ -160,7 +175,7 @@ def check_gpus(config: Config) -> None:
         )
         if value > 0
     ]
-    if not asked or config.ray.address or os.environ.get("RAY_ADDRESS"):
+    if not asked or is_cluster_named(config):
         return
     if not torch.cuda.is_available():
         raise ConfigError(

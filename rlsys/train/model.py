@@ -9,17 +9,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from rlsys.errors import ConfigError
+
+_TRIED_TOKENS = 8  # of each of the two sequences that are tried in one row
+_ROUNDING = 1e-3  # of the spread of logits; float32 gives 1e-6 to 1e-5, a sample that leaks a tenth and more
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
 
 
 def load_model(path: str) -> PreTrainedModel:
-    """The model in folder ``path``, float32, ``sdpa`` attention, without dropout.
+    """The model in folder ``path``, float32, without dropout.
 
     Dropout would make the learner's log-probabilities those of no policy that an engine could have sampled from.
-    ``sdpa`` is the attention whose mask follows restarting positions exactly (packed rows).
+
+    Raises:
+        ConfigError: its samples see one another where they share a row.
     """
     disable_progress_bar()
     config = AutoConfig.from_pretrained(path)
@@ -27,9 +33,43 @@ def load_model(path: str) -> PreTrainedModel:
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
     config.use_cache = False
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=torch.float32, attn_implementation=_attention(config)
+    )
     assert isinstance(model, PreTrainedModel)
+    check_rows_are_separate(model)
     return model.train()
+
+
+def _attention(config: PreTrainedConfig) -> str:
+    """Both masks follow restarting positions exactly (packed rows). ``sdpa`` is the faster one, but it leaves out the
+    cap on attention scores, which engines apply: a model with one (Gemma 2) would be another model here."""
+    return "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"
+
+
+def check_rows_are_separate(model: PreTrainedModel) -> None:
+    """Two sequences in one row, positions restarting, must give the logits that each gives alone.
+
+    Attention masks keep them apart; what a convolution or a recurrent state carries on from token to token does not
+    know where a sample begins, and every gradient would silently be wrong.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    tokens = torch.arange(2 * _TRIED_TOKENS).view(2, -1) % model.config.get_text_config().vocab_size
+    positions = torch.arange(_TRIED_TOKENS).expand_as(tokens)
+    with torch.no_grad():
+        alone = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        row = model(input_ids=tokens.view(1, -1), position_ids=positions.reshape(1, -1), use_cache=False).logits
+    difference = float((row.view_as(alone) - alone).abs().max() / alone.std())
+    if not difference <= _ROUNDING:
+        raise ConfigError(
+            "model.path",
+            got=f"{type(model).__name__}: a sample sees the one before it in its row (logits move by {difference:.2g} "
+            "of their spread)",
+            wanted="a model in which only attention looks back, since samples share rows in training",
+            remedy="choose a model without recurrent or convolution layers",
+        )
 
 
 def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: str, folder: str) -> None:

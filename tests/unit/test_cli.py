@@ -25,7 +25,7 @@ def run_raising(monkeypatch):
     """Make a run end by raising."""
 
     def make(error: BaseException):
-        def run(config, overrides):
+        def run(config, overrides, *, resume=False):
             raise error
 
         monkeypatch.setattr(rlsys, "run", run)
@@ -54,14 +54,16 @@ def test_version_is_the_packages():
 def test_train_exits_as_the_run_ended_and_hands_on_path_and_overrides(monkeypatch, status):
     seen = []
 
-    def run(config, overrides):
-        seen.append((config, overrides))
+    def run(config, overrides, *, resume=False):
+        seen.append((config, overrides, resume))
         return SimpleNamespace(exit=status)
 
     monkeypatch.setattr(rlsys, "run", run)
     result = invoke("train", "a.yaml", "run.steps=3", "rollout.vllm={block_size: 16}")
     assert result.exit_code == status
-    assert seen == [(Path("a.yaml"), ["run.steps=3", "rollout.vllm={block_size: 16}"])]
+    assert seen == [(Path("a.yaml"), ["run.steps=3", "rollout.vllm={block_size: 16}"], False)]
+    assert invoke("train", "a.yaml", "--resume").exit_code == status
+    assert seen[1] == (Path("a.yaml"), [], True)
 
 
 def test_a_config_error_exits_2_with_what_got_wanted_remedy_and_no_traceback(run_raising):
@@ -84,7 +86,7 @@ def test_a_failed_run_exits_1_and_says_why(run_raising):
 
 
 def test_an_unforeseen_error_exits_1_with_its_traceback(tmp_path):
-    code = "import rlsys, rlsys.cli as c\ndef run(*a): raise ZeroDivisionError\nrlsys.run = run; c.main()"
+    code = "import rlsys, rlsys.cli as c\ndef run(*a, **k): raise ZeroDivisionError\nrlsys.run = run; c.main()"
     done = subprocess.run([sys.executable, "-c", code, "train", "a.yaml"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
 
@@ -149,7 +151,7 @@ def test_train_can_be_called_although_it_is_a_package_too(monkeypatch):
     import rlsys.train.deepspeed_config  # importing the package's parts must not take the call away
 
     seen = []
-    monkeypatch.setattr(rlsys, "run", lambda config, overrides: seen.append((config, overrides)))
-    rlsys.train("a.yaml", ["run.steps=3"])
-    assert seen == [("a.yaml", ["run.steps=3"])]
+    monkeypatch.setattr(rlsys, "run", lambda config, overrides, *, resume: seen.append((config, overrides, resume)))
+    rlsys.train("a.yaml", ["run.steps=3"], resume=True)
+    assert seen == [("a.yaml", ["run.steps=3"], True)]
     assert rlsys.train.deepspeed_config.deepspeed_config is not None

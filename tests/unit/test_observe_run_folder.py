@@ -89,6 +89,7 @@ def test_noise_of_python_c_and_child_processes_goes_to_the_log(tmp_path):
             print("from python")
             ctypes.CDLL(None).printf(b"from C, buffered\\n")
             os.write(2, b"from C++ on standard error\\n")
+            print("without an end", end="")
             subprocess.run(["echo", "from a child"])
             terminal.write("progress\\n")
         print("after")
@@ -101,6 +102,7 @@ def test_noise_of_python_c_and_child_processes_goes_to_the_log(tmp_path):
         "from C, buffered",
         "from C++ on standard error",
         "from a child",
+        "without an end",
     }
 
 

@@ -74,6 +74,10 @@ def test_data_is_named_exactly_once():
 # --- the run folder
 
 
+def check_new(config):
+    checks.check_run_folder(config, resume=False)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A config, and the folder of a run of it that trained a batch."""
@@ -89,40 +93,59 @@ def test_a_run_that_trained_nothing_may_be_started_again(run):
     config, folder = run
     (folder / "metrics.jsonl").write_text("")
     (folder / "log.txt").touch()
-    checks.check_run_folder(config)
-    checks.check_run_folder(apply_overrides(config, ["rollout.max_staleness=3"]))
+    check_new(config)
+    check_new(apply_overrides(config, ["rollout.max_staleness=3"]))
+
+
+@pytest.mark.parametrize(
+    "change", ["run.steps=999", "eval.every_steps=3", "rollout.replicas=2", "rollout.timeout_s=7", "checkpoint.keep=5"]
+)
+def test_a_resumed_run_may_change_how_far_it_goes_and_what_it_runs_on(run, change):
+    config, _ = run
+    checks.check_run_folder(config, resume=True)
+    checks.check_run_folder(apply_overrides(config, [change]), resume=True)
+
+
+@pytest.mark.parametrize(
+    "change", ["run.seed=5", "rollout.max_staleness=3", "train.lr=1.0", "train.ranks=2", "data.eval_questions=7"]
+)
+def test_a_resumed_run_may_not_change_what_it_learns_from_and_how(run, change):
+    config, _ = run
+    error = refused(lambda other: checks.check_run_folder(other, resume=True), apply_overrides(config, [change]))
+    assert change.partition("=")[0] in error.got and "run.steps" in error.wanted
 
 
 def test_a_started_or_finished_run_is_not_overwritten(run):
     config, folder = run
-    assert "a started run of this config" in refused(checks.check_run_folder, config).got
+    assert "a started run of this config" in refused(check_new, config).got
     (folder / "result.json").write_text("{}")
-    error = refused(checks.check_run_folder, config)
-    assert "a finished run of this config" in error.got and f"rm -r {folder}" in error.remedy
+    error = refused(check_new, config)
+    assert "a finished run of this config" in error.got
+    assert f"rm -r {folder}" in error.remedy and "--resume" in error.remedy
 
 
 def test_a_run_with_another_config_is_not_overwritten_and_the_difference_is_named(run):
     config, _ = run
     other = apply_overrides(config, ["rollout.max_staleness=3"])
-    assert "rollout.max_staleness: 1 there, 3 here" in refused(checks.check_run_folder, other).got
+    assert "rollout.max_staleness: 1 there, 3 here" in refused(check_new, other).got
 
 
 def test_a_folder_of_other_things_is_left_alone(run):
     config, folder = run
     (folder / "metrics.jsonl").rename(folder / "letter.txt")
-    assert "other things than a run: letter.txt" in refused(checks.check_run_folder, config).got
+    assert "other things than a run: letter.txt" in refused(check_new, config).got
 
 
 @pytest.mark.parametrize("text", ["run: [", "- a list", None])
 def test_a_config_that_cannot_be_read_counts_as_another_one(run, text):
     config, folder = run
     (folder / "config.yaml").unlink() if text is None else (folder / "config.yaml").write_text(text)
-    assert "cannot be read" in refused(checks.check_run_folder, config).got
+    assert "cannot be read" in refused(check_new, config).got
 
 
 def test_a_file_in_place_of_the_run_folder_is_refused(tmp_path):
     (tmp_path / "a").touch()
-    assert "is a file" in refused(checks.check_run_folder, config_of(f"run.root={tmp_path}", "run.name=a")).got
+    assert "is a file" in refused(check_new, config_of(f"run.root={tmp_path}", "run.name=a")).got
 
 
 # --- the algorithm's tables

@@ -77,9 +77,7 @@ def _collect_centred(rewards_S: Tensor, group_starts_G: Tensor, lengths_S: Tenso
         prepass=Prepass(collect=_collect_centred, settle=settle_moments),
     )
 )
-def reinforce_pp_baseline(
-    rewards_S: Tensor, group_starts_G: Tensor, lengths_S: Tensor, settled: Settled
-) -> Tensor:
+def reinforce_pp_baseline(rewards_S: Tensor, group_starts_G: Tensor, lengths_S: Tensor, settled: Settled) -> Tensor:
     """A = whiten(r - mean of the group) over the weighted tokens of the batch: each rollout counts by its length."""
     assert lengths_S.shape == rewards_S.shape, f"lengths: {lengths_S.shape}"
     return whiten(centred(rewards_S, groups_of(rewards_S, group_starts_G)), settled).to(rewards_S.dtype)

@@ -136,7 +136,7 @@ def grpo_loo(rewards_S: Tensor, group_starts_G: Tensor, *, eps: float = 1e-4) ->
 
 @row(
     RowFacts(
-        source="MaxRL, Tajwar et al. 2026, as in SkyRL and prime-rl",
+        source="maximum-likelihood RL, as in the code of SkyRL and prime-rl",
         scope=Scope.SEQUENCE,
         needs=(Need.GROUPS,),
         peers={"SkyRL": "maxrl", "prime-rl": "max_rl"},
@@ -158,9 +158,7 @@ def maxrl(rewards_S: Tensor, group_starts_G: Tensor, *, eps: float = 1e-6) -> Te
         peers={"verl": "grpo_passk, eps 1e-6; refuses a group of one"},
     )
 )
-def grpo_passk(
-    rewards_S: Tensor, group_starts_G: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6
-) -> Tensor:
+def grpo_passk(rewards_S: Tensor, group_starts_G: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
     """Only the best rollout of a group learns: A = (best - second best) / (unbiased std + eps), all others get 0.
 
     Two that share the best reward leave nothing to learn. ``scale_by_std=False`` leaves the division out.

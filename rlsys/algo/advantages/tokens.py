@@ -64,9 +64,7 @@ def _check(values_T: Tensor, mask_T: Tensor, segments: Segments) -> None:
     assert segments.num_tokens == values_T.numel(), f"segments of {segments.num_tokens} tokens"
 
 
-def _collect_returns(
-    rewards_T: Tensor, mask_T: Tensor, segments: Segments, *, gamma: float = 1.0
-) -> Statistics:
+def _collect_returns(rewards_T: Tensor, mask_T: Tensor, segments: Segments, *, gamma: float = 1.0) -> Statistics:
     return moments(_returns(rewards_T, mask_T, segments, gamma), mask_T.double())
 
 
