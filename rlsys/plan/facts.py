@@ -63,11 +63,13 @@ def of_references(config: Config, found: Found) -> list[str]:
 
 def of_space(config: Config, space: Space) -> str:
     """What the run takes of shared memory and disk, and what is there."""
-    free = "the machine that the cluster chooses" if space.free_shm_bytes is None else in_units(space.free_shm_bytes)
+    where = "on the machine that the cluster chooses"
+    if space.free_shm_bytes is not None:
+        where = f"of {in_units(space.free_shm_bytes)} free"
     return (
-        f"space: {space.num_parameters:,} parameters; shared memory: {in_units(space.shm_bytes)} for the weights, of "
-        f"{free}; disk: at most {in_units(space.disk_bytes)} for {config.checkpoint.keep + 1} checkpoints and the "
-        f"exported model, of {in_units(space.free_disk_bytes)}"
+        f"space: {space.num_parameters:,} parameters; shared memory: {in_units(space.shm_bytes)} for the weights, "
+        f"{where}; disk: at most {in_units(space.disk_bytes)} for {config.checkpoint.keep + 1} checkpoints and the "
+        f"exported model, of {in_units(space.free_disk_bytes)} free"
     )
 
 

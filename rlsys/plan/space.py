@@ -125,13 +125,13 @@ def _check_shm(config: Config, space: Space) -> None:
 def _check_disk(config: Config, space: Space) -> None:
     if space.disk_bytes <= space.free_disk_bytes:
         return
-    one = in_units(checkpoint_bytes(space.num_parameters, config.train))
+    number, one = config.checkpoint.keep + 1, in_units(checkpoint_bytes(space.num_parameters, config.train))
     model = in_units(EXPORTED_BYTES * space.num_parameters)
     raise ConfigError(
         f"run.root={config.run.root}",
         got=f"{in_units(space.free_disk_bytes)} free on its disk",
-        wanted=f"{in_units(space.disk_bytes)}: checkpoint.keep + 1 = {config.checkpoint.keep + 1} checkpoints of {one}, "
-        f"and {model} for the exported model ({space.num_parameters:,} parameters)",
+        wanted=f"{in_units(space.disk_bytes)}: {number} checkpoints (checkpoint.keep + 1) of {one}, and {model} for the "
+        f"exported model ({space.num_parameters:,} parameters)",
         remedy="make room there, lower checkpoint.keep, or set run.root to a folder on another disk",
     )
 

@@ -6,7 +6,7 @@ a mask that is off, moves the log-probabilities by far more than rounding does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

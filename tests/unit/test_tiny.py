@@ -11,9 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsys.config.schema import DataSection, Row
 from rlsys.errors import RlsysError
-from rlsys.prompts.question import Question, question_key
-from rlsys.prompts.source import load_questions
-from rlsys.rollout.play import opening_tokens
 from rlsys.models.tiny import make, make_tiny, tiny_model_path
 from rlsys.models.tiny.model import make_random_model, make_tokenizer
 from rlsys.models.tiny.warmup import (
@@ -25,6 +22,9 @@ from rlsys.models.tiny.warmup import (
     render_lessons,
     warm_up,
 )
+from rlsys.prompts.question import Question, question_key
+from rlsys.prompts.source import load_questions
+from rlsys.rollout.play import opening_tokens
 
 FEW_STEPS = Recipe(batch_size=8, first_check=2, check_every=2, max_steps=4)
 

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from rlsys.errors import RlsysError
-from rlsys.prompts import question, split, tasks
 from rlsys.models.tiny import model as model_file
 from rlsys.models.tiny import warmup as warmup_file
 from rlsys.models.tiny.model import make_random_model, make_tokenizer
 from rlsys.models.tiny.warmup import Progress, Recipe, lesson_questions, render_lessons, warm_up
+from rlsys.prompts import question, split, tasks
 
 TIED_HEAD = "lm_head.weight"  # the embedding itself: not written a second time
 BAND = (1 / 3, 1 / 2)  # accuracy that leaves reinforcement learning something to build on, and something to learn
