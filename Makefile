@@ -2,7 +2,7 @@
 # Variables: PYTHON, TORCH_INDEX (see requirements/setup.sh); ARGS, more words for the command behind the target, e.g.
 #   make quickstart ARGS="run.name=synchronous rollout.max_staleness=0"
 
-.PHONY: setup quickstart test check
+.PHONY: setup quickstart test check chaos
 
 setup:
 	@bash requirements/setup.sh
@@ -17,3 +17,7 @@ check: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# kills runs at random moments and resumes them, e.g. make chaos ARGS="--kills 20 --seed 1"
+chaos: setup
+	.venv/bin/python -m tests.chaos.kill_and_resume $(ARGS)

@@ -99,7 +99,7 @@ def find_start(store: CheckpointStore, commits: Path, source: PromptSource) -> S
 
 def _write_state(state: RunState, folder: Path) -> None:
     arrays, groups = groups_to_arrays(state.groups)
-    np.savez(folder / GROUPS, **arrays)  # type: ignore[arg-type]
+    np.savez(folder / GROUPS, allow_pickle=False, **arrays)
     plain = {
         "version": str(state.version),
         "cursor": state.cursor,

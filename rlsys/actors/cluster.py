@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address  # what `ray.init` makes of an address
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup, placement_group
 
@@ -17,6 +20,7 @@ from rlsys.errors import ConfigError, RlsysError
 START_ONE = "local"  # Ray's word for a cluster of one's own
 ROUNDING = 1e-3  # Ray counts resources in ten-thousandths
 RESERVE_TIMEOUT_S = 60
+ANSWER_TIMEOUT_S = 20
 
 
 @contextmanager
@@ -48,14 +52,22 @@ def ray_cluster(section: RaySection, namespace: str) -> Iterator[str]:
         ray.shutdown()
 
 
+def first_sentence(error: BaseException) -> str:
+    """What an error of Ray says, without the advice that it goes on with."""
+    return re.split(r"\n|\. ", str(error).strip(), maxsplit=1)[0]
+
+
 def _join(address: str, options: Mapping[str, Any]) -> Any:
     try:
+        # first a look whether anybody is there: Ray itself tries for 20 minutes
+        host, _, port = canonicalize_bootstrap_address(address).rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_TIMEOUT_S).close()
         return ray.init(address, **options)
-    except (ConnectionError, ValueError, AuthenticationError) as error:
+    except (OSError, ValueError, AuthenticationError) as error:
         cause = f": {str(error.__cause__).strip().splitlines()[-1]}" if error.__cause__ else ""
         raise ConfigError(
             f"ray.address or RAY_ADDRESS {address}",
-            got=f"{str(error).partition(chr(10))[0]}{cause}",
+            got=first_sentence(error) + cause,
             wanted="a running cluster, HOST:PORT as `ray start --head` prints it",
             remedy="correct the address, or leave both away to start a cluster for this run. Where the cluster wants a "
             "token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token with the token",

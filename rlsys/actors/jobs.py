@@ -23,6 +23,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from rlsys.actors.cluster import first_sentence
 from rlsys.config.load import dump_config
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError, RlsysError
@@ -135,7 +136,7 @@ def connect(address: str) -> JobApi:
     except AuthenticationError as error:
         raise ConfigError(
             f"the cluster at {address}",
-            got=str(error).partition("\n")[0],
+            got=first_sentence(error),
             wanted="the token with which the cluster was started",
             remedy="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the token or RAY_AUTH_TOKEN_PATH to a file of it "
             "(otherwise ~/.ray/auth_token is read)",
@@ -143,7 +144,7 @@ def connect(address: str) -> JobApi:
     except (OSError, RuntimeError, KeyError) as error:  # errors of requests are OSErrors
         raise ConfigError(
             f"the cluster at {address}",
-            got=f"no Ray job API there: {type(error).__name__}: {error}",
+            got=f"no Ray job API there: {first_sentence(error)}",
             wanted="the dashboard of a running cluster",
             remedy="start a cluster with `ray start --head`, or name another one with --address or "
             f"{ADDRESS_VARIABLE}; `rlsys train` needs none",

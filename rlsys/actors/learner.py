@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -43,12 +44,16 @@ class LearnerActor:
         self._probe_ids = probe_sequences(self._learner.vocab_size, seed)
 
     def segments(self, run: str) -> list[str]:
-        """Paths of the run's weight segments on this machine; they are this process's. What dead runs left goes."""
+        """Paths of the run's weight segments on this machine; they are this process's, and go with it. What dead runs
+        left goes now."""
+        from rlsys.weights.owner import remove_with_owner
         from rlsys.weights.pool import NUM_SEGMENTS
         from rlsys.weights.segment import remove_stale_segments, segment_path
 
         remove_stale_segments()
-        return [str(segment_path(run, str(number))) for number in range(NUM_SEGMENTS)]
+        paths = [segment_path(run, str(number)) for number in range(NUM_SEGMENTS)]
+        remove_with_owner(paths, os.getpid())
+        return [str(path) for path in paths]
 
     def remove_segments(self, run: str) -> None:
         from rlsys.weights.segment import remove_segments

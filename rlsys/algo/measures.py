@@ -49,6 +49,11 @@ class Mean(Measure):
         kept = torch.where(mask_T, values_T.detach(), 0.0)
         return cls(torch.stack([kept.sum(dtype=torch.float64), mask_T.sum().double()]))
 
+    @classmethod
+    def share(cls, flags_T: Tensor, mask_T: Tensor) -> Mean:
+        """How much of ``mask_T`` (bool) has ``flags_T`` (bool) set; same shape."""
+        return cls(torch.stack([(flags_T & mask_T).sum(), mask_T.sum()]).double())
+
     def value(self) -> float | None:
         total, count = self.numbers.tolist()
         return total / count if count else None
@@ -101,8 +106,9 @@ class Max(Measure):
     @classmethod
     def of(cls, values_T: Tensor, mask_T: Tensor) -> Self:
         """Largest of ``values_T`` where ``mask_T`` (bool) is set; same shape."""
-        kept = torch.where(mask_T, values_T.detach().double(), -torch.inf)
-        return cls(kept.amax().reshape(1) if kept.numel() else kept.new_full((1,), -torch.inf))
+        kept = torch.where(mask_T, values_T.detach(), -torch.inf)
+        largest = kept.amax() if kept.numel() else kept.new_tensor(-torch.inf)
+        return cls(largest.double().reshape(1))
 
     def value(self) -> float | None:
         largest = float(self.numbers[0])

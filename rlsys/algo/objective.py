@@ -45,6 +45,21 @@ class ObjectiveSum:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RowsStatistics:
+    """What the pre-passes of the rows collected; None for a row without one."""
+
+    loss: Statistics | None
+    correction: Statistics | None
+
+    def plus(self, other: RowsStatistics) -> RowsStatistics:
+        """The statistics of both microbatches, or ranks, of the same rows."""
+        return RowsStatistics(
+            loss=self.loss.plus(other.loss) if self.loss and other.loss else None,
+            correction=self.correction.plus(other.correction) if self.correction and other.correction else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RowsSettled:
     """What the pre-passes of the rows settled over the whole batch; None for a row without one."""
 
@@ -85,24 +100,18 @@ def policy_objective(
     mask_T = inputs["mask_T"]
     inputs = _anchored(inputs, anchor)
     weights = _corrected(correction, rejections, inputs, settled.correction)
-    inputs["mask_T"] = kept_T = weights.mask_T
+    inputs["mask_T"] = weights.mask_T
+    measures = _distance(inputs, weights, mask_T, on_policy_mask_T)  # before the loss: its graph takes the memory then
     losses = call_row(loss, inputs, settled.loss)
     aggregate = call_row(aggregation, inputs)
     weighted_T = weights.weights_T * losses.loss_T
-    terms_T, measures = _regularised(weighted_T, inputs, kl, kl_coef, entropy_coef)
+    terms_T, of_terms = _regularised(weighted_T, inputs, kl, kl_coef, entropy_coef)
     pg_sum = (aggregate.coefficients_T * weighted_T.detach()).sum(dtype=torch.float64)
-    own: dict[str, Measure] = {
-        "actor/pg_loss": Sum(pg_sum[None]) if aggregate.count is None else Mean(torch.stack([pg_sum, aggregate.count])),
-        "critic/advantages/mean": Mean.of(inputs["advantages_T"], kept_T),
-        "critic/advantages/max": Max.of(inputs["advantages_T"], kept_T),
-        "critic/advantages/min": Min.of(inputs["advantages_T"], kept_T),
-        **_distance(inputs, mask_T, on_policy_mask_T),
-        **weight_measures(weights.weights_T, kept_T, mask_T),
-    }
+    counted = Sum(pg_sum[None]) if aggregate.count is None else Mean(torch.stack([pg_sum, aggregate.count]))
     return ObjectiveSum(
         loss_sum=(aggregate.coefficients_T * terms_T).sum(),
         count=aggregate.count,
-        measures={**own, **measures, **weights.measures, **losses.measures},
+        measures={**measures, **of_terms, **weights.measures, **losses.measures, "actor/pg_loss": counted},
     )
 
 
@@ -113,8 +122,8 @@ def objective_statistics(
     rejections: Sequence[Correction] = (),
     anchor: Anchor = "proximal",
     **inputs: Any,
-) -> tuple[Statistics | None, Statistics | None]:
-    """Statistics of loss and correction over one microbatch, each None for a row without a pre-pass.
+) -> RowsStatistics:
+    """Statistics of loss and correction over one microbatch.
 
     Add them over the microbatches of all ranks with ``plus``, then ``settle_rows``. Arguments as in
     ``policy_objective``; policy_logprobs_T only where the loss asks for it, detached.
@@ -122,14 +131,12 @@ def objective_statistics(
     inputs = _anchored(inputs, anchor)
     of_correction = collect(correction, inputs)
     inputs["mask_T"] = _left((correction, *rejections), inputs)
-    return collect(loss, inputs), of_correction
+    return RowsStatistics(loss=collect(loss, inputs), correction=of_correction)
 
 
-def settle_rows(
-    loss: Loss, correction: Correction, statistics: tuple[Statistics | None, Statistics | None]
-) -> RowsSettled:
+def settle_rows(*, loss: Loss, correction: Correction, statistics: RowsStatistics) -> RowsSettled:
     """What the summed statistics of ``objective_statistics`` come to."""
-    return RowsSettled(loss=settle(loss, statistics[0]), correction=settle(correction, statistics[1]))
+    return RowsSettled(loss=settle(loss, statistics.loss), correction=settle(correction, statistics.correction))
 
 
 def objective_count(
@@ -191,10 +198,21 @@ def _regularised(
     return terms_T, measures
 
 
-def _distance(inputs: Mapping[str, Any], mask_T: Tensor, on_policy_mask_T: Tensor) -> dict[str, Measure]:
-    proximal_T, behaviour_T = inputs["proximal_logprobs_T"], inputs["behaviour_logprobs_T"]
-    measures = token_distance(proximal_T, behaviour_T, mask_T, on_policy_mask_T)
+def _distance(
+    inputs: Mapping[str, Any], weights: TokenWeights, mask_T: Tensor, on_policy_mask_T: Tensor
+) -> dict[str, Measure]:
+    """Measures of everything that stands before the loss. ``mask_T`` is the mask before rejections."""
+    proximal_T, behaviour_T, advantages_T = (
+        inputs[name] for name in ("proximal_logprobs_T", "behaviour_logprobs_T", "advantages_T")
+    )
+    measures = {
+        "critic/advantages/mean": Mean.of(advantages_T, weights.mask_T),
+        "critic/advantages/max": Max.of(advantages_T, weights.mask_T),
+        "critic/advantages/min": Min.of(advantages_T, weights.mask_T),
+        **token_distance(proximal_T, behaviour_T, mask_T, on_policy_mask_T),
+        **weight_measures(weights.weights_T, weights.mask_T, mask_T),
+    }
     if "segments" in inputs:
         measures |= sequence_distance(proximal_T, behaviour_T, mask_T, inputs["segments"])
-        measures |= rejected_sequences(inputs["mask_T"], mask_T, inputs["segments"])
+        measures |= rejected_sequences(weights.mask_T, mask_T, inputs["segments"])
     return measures

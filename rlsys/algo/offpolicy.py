@@ -73,7 +73,7 @@ def weight_measures(weights_T: Tensor, kept_T: Tensor, mask_T: Tensor) -> dict[s
         "rollout_corr/rollout_is_max": Max.of(weights_T, kept_T),
         "rollout_corr/rollout_is_min": Min.of(weights_T, kept_T),
         "rollout_corr/rollout_is_eff_sample_size": EffectiveShare.of(weights_T, kept_T),
-        "rollout_corr/rollout_rs_masked_fraction": Mean.of((~kept_T).double(), mask_T),
+        "rollout_corr/rollout_rs_masked_fraction": Mean.share(~kept_T, mask_T),
     }
 
 
@@ -81,4 +81,4 @@ def rejected_sequences(kept_T: Tensor, mask_T: Tensor, segments: Segments) -> di
     """Share of sequences that lost every token."""
     is_gone_S = segments.count(kept_T) == 0.0
     is_sequence_S = segments.count(mask_T) > 0.0
-    return {"rollout_corr/rollout_rs_seq_masked_fraction": Mean.of(is_gone_S.double(), is_sequence_S)}
+    return {"rollout_corr/rollout_rs_seq_masked_fraction": Mean.share(is_gone_S, is_sequence_S)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0  # exp() of more makes float32 products with an advantage useless, and soon infinite
-MIN_PROBABILITY = 1e-7  # a probability that rounds to 0 or 1 would make a log infinite
+MIN_PROBABILITY = 1e-6  # 1 - p must not round to 0 in float32; verl's bound
 
 
 def bounded(log_ratio: Tensor) -> Tensor:
@@ -30,6 +30,6 @@ def detached_log_ratio(numerator_logprobs_T: Tensor, denominator_logprobs_T: Ten
 
 
 def binary_kl(p_T: Tensor, q_T: Tensor) -> Tensor:
-    """KL of two coins, p ln(p / q) + (1 - p) ln((1 - p) / (1 - q)), float64 [T]; p and q are held off 0 and 1."""
-    p_T, q_T = (t.double().clamp(MIN_PROBABILITY, 1.0 - MIN_PROBABILITY) for t in (p_T, q_T))
+    """KL of two coins, p ln(p / q) + (1 - p) ln((1 - p) / (1 - q)), [T]; p and q are held off 0 and 1."""
+    p_T, q_T = (t.clamp(MIN_PROBABILITY, 1.0 - MIN_PROBABILITY) for t in (p_T, q_T))
     return p_T * (p_T / q_T).log() + (1.0 - p_T) * ((1.0 - p_T) / (1.0 - q_T)).log()

@@ -67,7 +67,7 @@ def clipped_squared_error(
     clipped_T = bounded_T.detach().square() > free_T.detach().square()
     measures = {
         **_measures(values_T, returns_T, mask_T),
-        "critic/vf_clipfrac": Mean.of(clipped_T.double(), mask_T),
+        "critic/vf_clipfrac": Mean.share(clipped_T, mask_T),
     }
     return TokenLosses(loss_T=0.5 * torch.maximum(free_T.square(), bounded_T.square()), measures=measures)
 

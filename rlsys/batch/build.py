@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from rlsys.algo.rows import call_whole
 from rlsys.records import Rollout, RolloutGroup, Sample, steps_of
 
 
 def build(
     groups: Sequence[RolloutGroup],
     *,
-    advantage: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    advantage: Callable[..., torch.Tensor],
     oldest_step: int | None,
 ) -> list[Sample]:
     """The samples of ``groups``, in their order.
@@ -23,7 +25,8 @@ def build(
 
     Args:
         groups: every rollout scored.
-        advantage: row of ADVANTAGES with its parameters bound: (rewards_S, group_starts) to advantages_S.
+        advantage: row of ADVANTAGES with its parameters bound, one that gives a number for each rollout from rewards_S,
+            group_starts_G and lengths_S. A row of batch scope sees all ``groups``.
         oldest_step: tokens sampled by an older step lose their weight; None cuts nothing.
 
     Raises:
@@ -39,21 +42,34 @@ def build(
     sizes = np.array([len(group.baseline_rewards) for group in groups])
     starts = np.cumsum(sizes) - sizes
     rewards = np.concatenate([np.asarray(group.baseline_rewards, dtype=np.float64) for group in groups])
-    advantages = advantage(torch.from_numpy(rewards), torch.from_numpy(starts.astype(np.int64))).numpy()
+    standing = [
+        (start + index, rollout, _weight_mask(rollout, oldest_step))
+        for group, start in zip(groups, starts, strict=True)
+        for index, rollout in enumerate(group.rollouts)
+    ]
+    lengths = np.zeros(len(rewards))  # 0 for a reward whose rollout is gone
+    for place, _, weight_mask_T in standing:
+        lengths[place] = np.count_nonzero(weight_mask_T)
+    inputs = {
+        "rewards_S": torch.from_numpy(rewards),
+        "group_starts_G": torch.from_numpy(starts.astype(np.int64)),
+        "lengths_S": torch.from_numpy(lengths),
+    }
+    advantages = call_whole(advantage, inputs).numpy()
+    return [
+        _sample(rollout, float(advantages[place]), weight_mask_T)
+        for place, rollout, weight_mask_T in standing
+        if weight_mask_T.any()
+    ]
 
-    samples = []
-    for group, start in zip(groups, starts, strict=True):
-        for index, rollout in enumerate(group.rollouts):
-            sample = _sample(rollout, float(advantages[start + index]), oldest_step)
-            if sample.weight_mask_T.any():
-                samples.append(sample)
-    return samples
+
+def _weight_mask(rollout: Rollout, oldest_step: int | None) -> NDArray[np.bool_]:
+    if oldest_step is None:
+        return rollout.loss_mask_T
+    return rollout.loss_mask_T & (steps_of(rollout.versions_T) >= oldest_step)
 
 
-def _sample(rollout: Rollout, advantage: float, oldest_step: int | None) -> Sample:
-    weight_mask_T = rollout.loss_mask_T
-    if oldest_step is not None:
-        weight_mask_T = weight_mask_T & (steps_of(rollout.versions_T) >= oldest_step)
+def _sample(rollout: Rollout, advantage: float, weight_mask_T: NDArray[np.bool_]) -> Sample:
     return Sample(
         rollout_id=rollout.rollout_id,
         token_ids_T=rollout.token_ids_T,

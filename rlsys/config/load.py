@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +20,7 @@ from rlsys.errors import ConfigError
 
 TINY = "tiny"  # the model.path that means the embedded model
 JOB_FOLDERS = "/runtime_resources/working_dir_files/"  # below it Ray unpacks what jobs bring, and deletes it later
+MAX_NAME_BYTES = 255  # of a file or folder
 NEAREST_SIBLING = 0.7  # difflib ratio from which a key of the same section is taken for the one that was meant
 NEAREST_ANYWHERE = 0.6  # the same for the full dotted name
 WANTED = {  # pydantic's words for these speak of its own types
@@ -190,15 +192,19 @@ def _is_row(field: FieldInfo) -> bool:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Paths seen from the current folder. ``python.module:function`` and ``tiny`` are no paths and stay."""
-    data = {name: _absolute(path) for name in ("train_path", "eval_path") if (path := getattr(config.data, name))}
-    model = config.model.path if config.model.path == TINY else str(_absolute(Path(config.model.path)))
+    data = {
+        name: _absolute(path, f"data.{name}")
+        for name in ("train_path", "eval_path")
+        if (path := getattr(config.data, name))
+    }
+    model = config.model.path if config.model.path == TINY else str(_absolute(Path(config.model.path), "model.path"))
     reward = config.reward.path
     if reward is not None:
         file, colon, function = reward.rpartition(":")
-        reward = f"{_absolute(Path(file))}:{function}" if colon and file.endswith(".py") else reward
+        reward = f"{_absolute(Path(file), 'reward.path')}:{function}" if colon and file.endswith(".py") else reward
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"root": _lasting(_absolute(config.run.root))}),
+            "run": config.run.model_copy(update={"root": _lasting(_absolute(config.run.root, "run.root"))}),
             "data": config.data.model_copy(update=data),
             "model": config.model.model_copy(update={"path": model}),
             "reward": config.reward.model_copy(update={"path": reward}),
@@ -218,5 +224,13 @@ def _lasting(root: Path) -> Path:
     return root
 
 
-def _absolute(path: Path) -> Path:
+def _absolute(path: Path, key: str) -> Path:
+    """Raises ConfigError for what no file system takes for a path."""
+    if "\0" in str(path) or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in path.parts):
+        raise ConfigError(
+            key,
+            got=f"{str(path)[:80]!r}, with a zero character or a name of more than {MAX_NAME_BYTES} bytes",
+            wanted="a path",
+            remedy="correct the path",
+        )
     return Path.cwd() / path.expanduser()

@@ -35,11 +35,11 @@ class Row(BaseModel):
 
 
 class RunSection(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=100)] = "run"
     """Name of the run; its folder is ``<root>/<name>``."""
     root: Path = Path("runs")
     """Folder of all runs. Made absolute."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     """Seed of everything random: order of questions, sampling, initialisation."""
     steps: Annotated[int, Field(ge=1)] = 20
     """Number of batches to train."""
@@ -55,9 +55,9 @@ class ModelSection(Section):
 
 class DataSection(Section):
     train_path: Path | None = None
-    """JSONL or parquet file of training questions."""
+    """Training questions: a JSONL, parquet or Arrow file, or a folder (of ``save_to_disk``, or of such files)."""
     eval_path: Path | None = None
-    """JSONL or parquet file of held-out questions; without it they are split off the training questions."""
+    """Held-out questions, likewise; without them they are split off the training questions."""
     task: Row | None = None
     """A generated task instead of files: ``{name: reversed_sum}`` or ``{name: reasoning_gym.<dataset>, ...}``."""
     prompt_key: str = "prompt"

@@ -58,8 +58,10 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
             wanted="sections with keys, e.g. 'run: {name: first}'",
             remedy="write the keys below their sections",
         )
-    node = yaml.compose(text, Loader=_Loader)
-    return tree, _lines_of(node, "")
+    try:
+        return tree, _lines_of(yaml.compose(text, Loader=_Loader), "")
+    except RecursionError as error:
+        raise _too_deep(f"config file {path}") from error
 
 
 def parse(text: str, what: str) -> Any:
@@ -77,6 +79,17 @@ def parse(text: str, what: str) -> Any:
         ) from error
     except yaml.YAMLError as error:
         raise ConfigError(what, got=str(error), wanted="valid YAML", remedy="remove what is no text") from error
+    except RecursionError as error:
+        raise _too_deep(what) from error
+
+
+def _too_deep(what: str) -> ConfigError:
+    return ConfigError(
+        what,
+        got="brackets or sections within one another without end",
+        wanted="sections with keys",
+        remedy="remove the surplus brackets, or the alias that holds itself",
+    )
 
 
 def _lines_of(node: Any, prefix: str) -> dict[str, int]:

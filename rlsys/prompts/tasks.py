@@ -100,7 +100,8 @@ def _reasoning_gym(dataset: str, params: dict[str, Any]) -> tuple[Question, ...]
     _check_keywords(params, [field.name for field in dataclasses.fields(config_class)])
     keywords = {"seed": 0, "size": DEFAULT_SIZE, **params}
     try:
-        entries = factory.create_dataset(dataset, **keywords)
+        made = factory.create_dataset(dataset, **keywords)
+        entries = [made[index] for index in range(len(made))]
     except (AssertionError, ValueError, TypeError) as error:
         raise ConfigError(
             what=f"data.task {REASONING_GYM}{dataset}",
@@ -114,7 +115,7 @@ def _reasoning_gym(dataset: str, params: dict[str, Any]) -> tuple[Question, ...]
             answer=entry["answer"],
             fields={"rg_dataset": dataset, "rg_entry": dict(entry), "rg_config": dict(params)},
         )
-        for entry in (entries[index] for index in range(len(entries)))
+        for entry in entries
     )
 
 

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -115,26 +116,36 @@ def opening_tokens(tokenizer: Tokenizer, opening: Sequence[Message] | str) -> li
         text = opening if isinstance(opening, str) else "\n".join(message["content"] for message in opening)
         return list(tokenizer(text)["input_ids"])
     messages = [{"role": "user", "content": opening}] if isinstance(opening, str) else list(opening)
-    return _render(tokenizer, messages, add_generation_prompt=True)
+    rendered = tokenizer.apply_chat_template(
+        [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return list(rendered)
 
 
-def following_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+def following_tokens(tokenizer: Tokenizer, messages: Sequence[Message], *, last_token: int) -> list[int]:
     """Tokens that the environment's messages add after a finished answer, up to where the model goes on.
 
-    With a chat template: what it puts after an assistant's end-of-turn token, found by rendering the messages behind a
-    conversation that stands for any other.
+    With a chat template: what it puts after an answer, whichever the answer is, less the end that the model wrote
+    itself. The end is not always the tokenizer's end-of-sequence token, and a template may render an answer otherwise
+    once a message follows it: so two conversations that differ in the answer alone are compared from their ends.
+
+    Args:
+        last_token: of the answer.
     """
     if tokenizer.chat_template is None:
         text = "\n".join(["", *(message["content"] for message in messages)])
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-    rendered = _render(tokenizer, before, add_generation_prompt=False)
-    whole = _render(tokenizer, [*before, *messages], add_generation_prompt=True)
-    if tokenizer.eos_token_id in rendered:
-        end = len(rendered) - rendered[::-1].index(tokenizer.eos_token_id)
-    else:
-        end = len(rendered)
-    return whole[end:]
+    one, other = (
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}, *map(dict, messages)],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        for answer in ("a", "b")
+    )
+    after = commonprefix([one[::-1], other[::-1]])[::-1]
+    token_ids = list(tokenizer(after, add_special_tokens=False)["input_ids"])
+    return token_ids[token_ids.index(last_token) + 1 :] if last_token in token_ids else token_ids
 
 
 class _Openings:
@@ -225,15 +236,4 @@ async def _converse(
             if rows.num_turns > 1:
                 rows.stop_reason = StopReason.ENV
             return
-        rows.add_context(following_tokens(tokenizer, messages))
-
-
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-    return list(
-        tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=False,
-        )
-    )
+        rows.add_context(following_tokens(tokenizer, messages, last_token=rows.token_ids[-1]))

@@ -62,12 +62,12 @@ def save_state(engine: Any, folder: Path | str, *, rank: int, layout: Layout, de
     Raises:
         CheckpointFailed: on every rank alike, where one of them could not write. The engine can go on.
     """
-    failure: Exception | None = None
+    failure: str | None = None
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         _save_own(Path(folder), rank, layout, device)
     except _WRITE_ERRORS as error:
-        failure = error
+        failure = repr(error)
     _agree(failure, folder, device)
     writer = _ToldWriter(engine.checkpoint_engine)
     engine.checkpoint_engine = writer
@@ -101,20 +101,23 @@ class _ToldWriter:
 
     ``save_checkpoint`` is a row of collectives with a write between two of them: a rank that raised would leave the
     others waiting for it until the deadline.
+
+    The failure is kept as text. The error itself would keep torch's half-done writer alive, and that flushes what it
+    still holds when it goes: into a file of the same name that was written since.
     """
 
     def __init__(self, wrapped: Any) -> None:
         self.wrapped = wrapped
-        self.failure: Exception | None = None
+        self.failure: str | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.wrapped, name)
 
-    def save_state(self, state_dict: Any, path: str) -> None:
+    def save(self, state_dict: Any, path: str) -> None:
         try:
             self.wrapped.save(state_dict, path)
         except _WRITE_ERRORS as error:
-            self.failure = error
+            self.failure = repr(error)
 
 
 def _copy_nothing(folder: str) -> None:
@@ -136,10 +139,10 @@ def _rng_path(folder: Path, rank: int) -> Path:
     return folder / f"rng_{rank}.pt"
 
 
-def _agree(failure: Exception | None, folder: Path | str, device: str) -> None:
+def _agree(failure: str | None, folder: Path | str, device: str) -> None:
     """Raise on every rank where one of them failed. A collective."""
     from rlsys.train import parallel
 
     if parallel.on_any_rank(failure is not None, device):
-        what = f"{failure!r}" if failure is not None else "another rank failed"
+        what = failure or "another rank failed"
         raise CheckpointFailed(f"the learner's part of {folder} could not be written: {what}. Free space there.")

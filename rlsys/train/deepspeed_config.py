@@ -22,6 +22,8 @@ _OURS = {
     "fp16.enabled": "Use train.deepspeed.bf16: float16's loss scaling skips steps, and skipped steps are no versions.",
     "tensor_parallel.autotp_size": "Leave it out: the learner is data-parallel.",
 }
+# DeepSpeed's sections; it takes none of them in another form.
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "optimizer.params", "scheduler", "tensor_parallel")
 _WANTED_WHERE_UNSET = {"fp16.enabled": False, "tensor_parallel.autotp_size": 1, "managed_gradient_accumulation": True}
 
 
@@ -48,6 +50,7 @@ def deepspeed_config(train: TrainSection, *, device: str) -> dict[str, Any]:
             "params": {"lr": train.lr, "betas": list(train.betas), "weight_decay": train.weight_decay},
         },
     }
+    _refuse_other_forms(train)
     _refuse_contradictions(train, ours)
     merged = _merge(ours, train.deepspeed)
     if "optimizer" in train.deepspeed:
@@ -56,6 +59,18 @@ def deepspeed_config(train: TrainSection, *, device: str) -> dict[str, Any]:
     if device == "cpu" and str(optimizer.get("type", "")).lower() in _ADAM_TYPES:
         optimizer["params"] = {"torch_adam": True, **optimizer["params"]}  # else a C++ op is compiled at start
     return merged
+
+
+def _refuse_other_forms(train: TrainSection) -> None:
+    for key in _SECTIONS:
+        got = _look_up(train.deepspeed, key)
+        if got is not None and not isinstance(got, Mapping):
+            raise ConfigError(
+                f"train.deepspeed.{key}",
+                repr(got),
+                "a mapping of keys to values",
+                "Write DeepSpeed's keys below it, e.g. bf16: {enabled: true} or optimizer: {type: Adam, params: {}}.",
+            )
 
 
 def _refuse_contradictions(train: TrainSection, ours: Mapping[str, Any]) -> None:

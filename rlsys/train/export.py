@@ -6,14 +6,19 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 
-def full_weights(model: nn.Module, *, deepspeed: ModuleType, zero_stage: int) -> Iterator[tuple[str, Tensor]]:
-    """Name and full tensor of every parameter, in the order of the modules, under the model's own names.
+def full_weights(model: PreTrainedModel, *, deepspeed: ModuleType, zero_stage: int) -> Iterator[tuple[str, Tensor]]:
+    """Name and full tensor of every weight, in the order of the modules, as the model's files have them.
 
-    A collective under ZeRO-3: every rank runs it to its end. A tensor is valid until the next one is asked for, and
-    aliases the live parameter: copy it. The second name of a tied pair (``lm_head.weight``) is left out.
+    Files and modules may name and cut weights differently: the experts of a Mixtral are one tensor here, one each in
+    its files. Engines and other readers know the files' way.
+
+    A collective under ZeRO-3: every rank runs it to its end. A tensor is valid until the next one is asked for, and may
+    alias the live parameter: copy it. The second name of a tied pair (``lm_head.weight``) is left out.
     """
     seen: set[int] = set()
     for prefix, module in model.named_modules():
@@ -27,5 +32,5 @@ def full_weights(model: nn.Module, *, deepspeed: ModuleType, zero_stage: int) ->
             deepspeed.zero.GatheredParameters(list(own.values())) if zero_stage == 3 else nullcontext()
         )
         with gathered:
-            for name, parameter in own.items():
-                yield (f"{prefix}.{name}" if prefix else name), parameter.data
+            named = {f"{prefix}.{name}" if prefix else name: parameter.data for name, parameter in own.items()}
+            yield from revert_weight_conversion(model, named).items()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlsys.algo.measures import Mean, Measure, merge
 from rlsys.algo.objective import policy_objective
+from rlsys.algo.segments import Segments
 from rlsys.batch.tensors import Microbatch, RankBatch, RankPart
 from rlsys.config.schema import TrainSection
 from rlsys.errors import Diverged
@@ -222,6 +223,7 @@ class LearnerRank:
 
     def _objective(self, microbatch: Microbatch, proximal: Tensor | None) -> tuple[Tensor, dict[str, Measure]]:
         mask_T = microbatch.weight_mask.to(self._device).reshape(-1)
+        positions_T = microbatch.position_ids.to(self._device).reshape(-1)
         current = self._forward(microbatch.token_ids, microbatch.position_ids, self._temperature)
         policy_T = current.logprobs.reshape(-1)
         objective = policy_objective(
@@ -231,6 +233,7 @@ class LearnerRank:
             advantages_T=microbatch.advantages.to(self._device).reshape(-1),
             mask_T=mask_T,
             on_policy_mask_T=microbatch.on_policy_mask.to(self._device).reshape(-1),
+            segments=Segments(torch.nonzero(positions_T == 0).squeeze(1), positions_T.numel()),
             loss=self._loss,
             correction=self._correction,
         )

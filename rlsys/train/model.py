@@ -50,8 +50,8 @@ def _attention(config: PreTrainedConfig) -> str:
 def check_rows_are_separate(model: PreTrainedModel) -> None:
     """Two sequences in one row, positions restarting, must give the logits that each gives alone.
 
-    Attention masks keep them apart; what a convolution or a recurrent state carries on from token to token does not
-    know where a sample begins, and every gradient would silently be wrong.
+    Attention masks keep them apart, in most classes: some build theirs without looking at the positions, and what a
+    convolution or a recurrent state carries on knows no beginning of a sample. Every gradient would silently be wrong.
 
     Raises:
         ConfigError: they do not.
@@ -67,8 +67,8 @@ def check_rows_are_separate(model: PreTrainedModel) -> None:
             "model.path",
             got=f"{type(model).__name__}: a sample sees the one before it in its row (logits move by {difference:.2g} "
             "of their spread)",
-            wanted="a model in which only attention looks back, since samples share rows in training",
-            remedy="choose a model without recurrent or convolution layers",
+            wanted="a class of transformers that keeps them apart where positions restart",
+            remedy="choose another model: samples share rows in training",
         )
 
 
@@ -77,11 +77,13 @@ def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: st
 
     Args:
         model: names and groups the weights; its own parameters are not read.
-        weights: full tensors by name, the second name of a tied pair left out.
+        weights: full tensors by their names in files (``full_weights``), the second name of a tied pair left out.
         source: the folder that the model was loaded from.
         folder: is made where it does not exist.
     """
-    model.save_pretrained(folder, state_dict=dict(weights))
+    model.save_pretrained(
+        folder, state_dict=dict(weights), save_original_format=False
+    )  # the names are the files' already
     for file in Path(source).iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in _WEIGHT_FILES):
             shutil.copyfile(file, Path(folder) / file.name)

@@ -1,12 +1,18 @@
-"""Processes that must not outlive their owner: an engine's worker, whose driver may be killed without a goodbye."""
+"""What must not outlive its owner, whose process may be killed without a goodbye: an engine's worker, and files in
+shared memory."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 POLL_S = 1.0
+# In the background of a shell that ends at once, so no child of the owner: Ray kills those with it.
+_REMOVE_AFTER = f'(while kill -0 "$0"; do sleep {POLL_S:g}; done; rm -f -- "$@") &'
 
 
 def is_process_alive(pid: int) -> bool:
@@ -29,3 +35,16 @@ def end_with_owner(pid: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name=f"end with process {pid}", daemon=True).start()
+
+
+def remove_with_owner(paths: Sequence[Path], pid: int) -> None:
+    """Let ``paths``, which need not exist yet, be removed within about ``POLL_S`` seconds of the end of process
+    ``pid``, by a small process of its own: it works where the owner and everything that knows of it was killed."""
+    subprocess.run(
+        ["sh", "-c", _REMOVE_AFTER, str(pid), *map(str, paths)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # a signal to the owner's group is not meant for it
+        check=True,
+    )

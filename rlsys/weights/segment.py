@@ -33,10 +33,14 @@ def segment_path(run: str, name: str, *, folder: Path = SHM_FOLDER, pid: int | N
     return folder / _SEPARATOR.join(parts)
 
 
+def stale_segments(folder: Path = SHM_FOLDER) -> tuple[Path, ...]:
+    """The segments whose owners are dead."""
+    return tuple(path for path, _, pid in _segments(folder) if not is_process_alive(pid))
+
+
 def remove_stale_segments(folder: Path = SHM_FOLDER) -> tuple[Path, ...]:
     """Delete the segments whose owners are dead; returns what was deleted."""
-    stale = [path for path, _, pid in _segments(folder) if not is_process_alive(pid)]
-    return _delete(stale)
+    return _delete(stale_segments(folder))
 
 
 def remove_segments(run: str, folder: Path = SHM_FOLDER) -> tuple[Path, ...]:

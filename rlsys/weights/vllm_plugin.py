@@ -22,6 +22,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -112,6 +113,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         repack_tied_embeddings(self.model)
+        repack_experts(self.model)
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""
@@ -133,6 +135,19 @@ def repack_tied_embeddings(model: torch.nn.Module) -> int:
         module.__dict__.pop("_already_called_process_weights_after_loading", None)
         module.quant_method.process_weights_after_loading(module)  # type: ignore[union-attr, operator]
     return len(tied)
+
+
+def repack_experts(model: torch.nn.Module) -> None:
+    """Pack every layer of experts as the CPU kernel reads it.
+
+    vLLM packs experts only when it first builds their kernel. A reload leaves the plain weights in their place, which
+    the kernel would read as if they were packed.
+    """
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        if isinstance(experts, CPUUnquantizedExperts):
+            experts.process_weights_after_loading(module)
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, ShmWeightTransferEngine)

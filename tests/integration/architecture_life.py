@@ -1,6 +1,6 @@
-"""The life of a model through every real part, in a process of its own: learner, weight segment, engine, play, saving.
+"""The life of a model through every real part: learner, weight segment, engine, play, saving.
 
-One process lives all lives in turn, so that what is slow to import is imported once.
+Lives are lived one after another in a few processes, so that what is slow to import is imported once in each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import os
 import socket
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -65,18 +67,36 @@ class Life:
 
 
 class Lives:
-    """A process that lives the lives it is sent."""
+    """Processes that live the lives they are sent, as many at once as there are processes."""
 
+    def __init__(self, num_processes: int) -> None:
+        self._processes = [_Process() for _ in range(num_processes)]
+        self._threads = [ThreadPoolExecutor(max_workers=1) for _ in self._processes]
+        self._next = cycle(zip(self._threads, self._processes, strict=True))
+
+    def begin(self, folder: Path, saved: Path, zero_stage: int) -> Future[Life]:
+        """The life of the model in ``folder``; the trained one is written to ``saved``."""
+        thread, process = next(self._next)
+        return thread.submit(process.live, folder, saved, zero_stage)
+
+    def stop(self) -> None:
+        for thread, process in zip(self._threads, self._processes, strict=True):
+            thread.shutdown(cancel_futures=True)
+            process.stop()
+
+
+class _Process:
     def __init__(self) -> None:
         context = mp.get_context("spawn")
         self._pipe, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there, os.getpid()))  # no daemon: engines are its children
         self._process.start()
+        there.close()
 
     def live(self, folder: Path, saved: Path, zero_stage: int) -> Life:
-        """The life of the model in ``folder``; the trained one is written to ``saved``."""
         self._pipe.send((folder, saved, zero_stage))
         if not self._pipe.poll(DEADLINE_S):
+            self._process.kill()
             raise TimeoutError(f"the life of {folder.name} did not end in {DEADLINE_S} s")
         answer = self._pipe.recv()
         if isinstance(answer, str):
@@ -84,8 +104,9 @@ class Lives:
         return answer
 
     def stop(self) -> None:
-        self._pipe.close()  # the process ends at the end of its pipe, its engines with it
-        self._process.join(DEADLINE_S)
+        self._pipe.close()  # the process ends at the end of its pipe
+        self._process.join(30.0)
+        self._process.kill()
 
 
 def _serve(pipe: Any, owner: int) -> None:
@@ -218,9 +239,7 @@ def _batch(groups: Sequence[RolloutGroup], step: int) -> Any:
     scored = [
         replace(
             group,
-            rollouts=tuple(
-                replace(rollout, reward=float(member % 2)) for member, rollout in enumerate(group.rollouts)
-            ),
+            rollouts=tuple(replace(rollout, reward=float(member % 2)) for member, rollout in enumerate(group.rollouts)),
         )
         for group in groups
     ]

@@ -36,7 +36,7 @@ class TinyArchitecture:
 
     Attributes:
         model_type: as transformers names it.
-        config: what makes it different from ``COMMON``.
+        config: what makes it different from ``COMMON``; None leaves a key to the class.
         chat_template: None means a model without one.
         adds_bos: whether the tokenizer puts a first token before every text.
         end_token: of the tokenizer; None means that it names none.
@@ -71,10 +71,9 @@ COMMON = {
     "initializer_range": 0.15,
     "bos_token_id": BOS,
     "eos_token_id": EOS,
-    "pad_token_id": None,
 }
-# for classes whose heads always share the width among them
-TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": None}
+TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": None}  # the heads share the width
+TWO_FULL_HEADS = {**TWO_HEADS, "num_key_value_heads": None}  # a class without groups of heads
 BOTH_ENDS = [EOS, TURN_END]
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -141,21 +140,21 @@ ARCHITECTURES = {
         generation_ends=BOTH_ENDS,
         zero_stage=3,
     ),
-    "phi3": TinyArchitecture(model_type="phi3", config=TWO_HEADS, end_token=None, generation_ends=BOTH_ENDS),
-    "olmo2": TinyArchitecture(model_type="olmo2", config=TWO_HEADS),
-    "gpt_neox": TinyArchitecture(model_type="gpt_neox", config=TWO_HEADS),
-    "gpt2": TinyArchitecture(
-        model_type="gpt2",
-        config={"n_positions": MAX_POSITIONS, **TWO_HEADS},
+    "phi3_fused": TinyArchitecture(model_type="phi3", config=TWO_HEADS, end_token=None, generation_ends=BOTH_ENDS),
+    "mixtral_experts": TinyArchitecture(
+        model_type="mixtral", config={"num_local_experts": 4, "num_experts_per_tok": 2}, zero_stage=3
     ),
+    # vLLM runs the class of transformers; its files name the head otherwise than its modules
+    "gpt_neox": TinyArchitecture(model_type="gpt_neox", config=TWO_FULL_HEADS, zero_stage=1),
+    # learned positions, transposed weights
+    "gpt2": TinyArchitecture(model_type="gpt2", config={**TWO_FULL_HEADS, "n_positions": MAX_POSITIONS}),
 }
 
 
 def make_folder(architecture: TinyArchitecture, folder: Path) -> None:
     """Write model, configs and tokenizer."""
     torch.manual_seed(0)
-    settings = {**COMMON, **architecture.config}
-    settings = {name: value for name, value in settings.items() if value is not None or name == "pad_token_id"}
+    settings = {name: value for name, value in {**COMMON, **architecture.config}.items() if value is not None}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture.model_type, **settings))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -207,10 +207,10 @@ def test_loss_that_is_not_finite_stops_every_rank_before_the_weights_change(rank
     assert all(np.array_equal(outcomes[0].before[name], outcomes[0].after[name]) for name in outcomes[0].before)
 
 
-def loss_with_poisoned_gradient(policy_T, anchor_T, advantages_T, mask_T) -> TokenLosses:
+def loss_with_poisoned_gradient(policy_logprobs_T, anchor_logprobs_T, advantages_T, mask_T) -> TokenLosses:
     """Finite, but the root's slope at 0 is infinite, and times 0 not a number."""
-    plain = ppo_clip(policy_T, anchor_T, advantages_T, mask_T)
-    return replace(plain, loss_T=plain.loss_T + (policy_T * 0.0).sqrt())
+    plain = ppo_clip(policy_logprobs_T, anchor_logprobs_T, advantages_T, mask_T)
+    return replace(plain, loss_T=plain.loss_T + (policy_logprobs_T * 0.0).sqrt())
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])

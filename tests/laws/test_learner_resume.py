@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing as mp
+import os
 import resource
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from rlsys.batch.tensors import Batch
 from rlsys.config.schema import TrainSection
 from rlsys.errors import CheckpointDamaged, CheckpointFailed, ConfigError
 from rlsys.records import Version
-from rlsys.train import parallel
 from rlsys.train.checkpoint import Layout, check_layout, saved_layout
+from rlsys.train.learner import LearnerRank
 from tests.laws.learner_ranks import DEADLINE_S, TEMPERATURE, make_groups, make_model, section
 
 pytestmark = pytest.mark.engines
@@ -68,8 +68,6 @@ def live(
         save_after: so many batches.
         max_file_bytes: by rank, how long its files may become in a first attempt to save, which has to fail.
     """
-    from rlsys.train.learner import LearnerRank
-
     learner = LearnerRank(
         model_path=model_path,
         train=train,
@@ -117,36 +115,27 @@ def fail_to_save(learner: Any, folder: str, max_bytes: int | None) -> None:
 Lives = Callable[..., list[Life]]
 
 
-def import_learner() -> None:
-    """Imports last longer than ranks wait for one another: they are paid before."""
-    import rlsys.train.learner  # noqa: F401
-
-    parallel.load_deepspeed("cpu")
-
-
-def lives_in(processes: Pool) -> Lives:
-    """``live`` on so many of ``processes`` at once, one rank each."""
-
-    def run(world_size: int, *arguments: Any, **keys: Any) -> list[Life]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        lives = [processes.apply_async(live, (rank, world_size, port, *arguments), keys) for rank in range(world_size)]
-        return [life.get(timeout=DEADLINE_S) for life in lives]
-
-    return run
-
-
 @pytest.fixture(scope="module")
-def first() -> Iterator[Lives]:
-    with mp.get_context("spawn").Pool(2, import_learner) as processes:
-        yield lives_in(processes)
+def lives() -> Iterator[Lives]:
+    """``live`` on so many ranks at once, each in a process of its own that ends with it.
 
+    The processes are forked from one that has imported everything: DeepSpeed's counters and patches of torch are those
+    of a new process, without the seconds of its imports.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "deepspeed"])
+    with context.Pool(2, maxtasksperchild=1) as processes:
 
-@pytest.fixture(scope="module")
-def second() -> Iterator[Lives]:
-    with mp.get_context("spawn").Pool(2, import_learner) as processes:
-        yield lives_in(processes)
+        def run(world_size: int, *arguments: Any, **keys: Any) -> list[Life]:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            ranks = [(rank, world_size, port, *arguments) for rank in range(world_size)]
+            answers = [processes.apply_async(live, rank, keys) for rank in ranks]
+            return [answer.get(timeout=DEADLINE_S) for answer in answers]
+
+        yield run
 
 
 @pytest.fixture(scope="module")
@@ -200,13 +189,13 @@ def adamw(zero_stage: int, ranks: int, **deepspeed: Any) -> TrainSection:
     ],
 )
 def test_a_learner_goes_on_from_its_checkpoint_bit_for_bit(
-    first, second, model_path, tmp_path, ranks, zero_stage, steps_per_batch, passed
+    lives, model_path, tmp_path, ranks, zero_stage, steps_per_batch, passed
 ):
     train = adamw(zero_stage, ranks, **passed)
     batches = six_batches(ranks, steps_per_batch)
     folder = tmp_path / "learner"
-    whole = first(ranks, model_path, train, batches, save_after=3, save_to=str(folder))
-    resumed = second(ranks, model_path, train, batches[3:], checkpoint=str(folder))
+    whole = lives(ranks, model_path, train, batches, save_after=3, save_to=str(folder))
+    resumed = lives(ranks, model_path, train, batches[3:], checkpoint=str(folder))
     for rank in range(ranks):
         assert resumed[rank].metrics == whole[rank].metrics[3:]
         assert resumed[rank].drawn == whole[rank].drawn
@@ -219,9 +208,9 @@ def test_a_learner_goes_on_from_its_checkpoint_bit_for_bit(
     assert ranks == 1 or whole[0].drawn != whole[1].drawn
 
 
-def test_a_checkpoint_is_the_state_and_nothing_else(first, model_path, tmp_path):
+def test_a_checkpoint_is_the_state_and_nothing_else(lives, model_path, tmp_path):
     folder = tmp_path / "nested" / "learner"
-    first(2, model_path, adamw(2, 2), six_batches(2, 1)[:2], save_after=1, save_to=str(folder))
+    lives(2, model_path, adamw(2, 2), six_batches(2, 1)[:2], save_after=1, save_to=str(folder))
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
     assert files == [
         "nested/learner/deepspeed/mp_rank_00_model_states.pt",
@@ -238,23 +227,23 @@ def test_a_checkpoint_is_the_state_and_nothing_else(first, model_path, tmp_path)
 
 @pytest.mark.parametrize(("max_bytes", "zero_stage"), [(1000, 2), (100_000, 3)])  # of its own files, or of DeepSpeed's
 def test_a_rank_that_cannot_write_fails_the_checkpoint_on_all_and_they_go_on(
-    first, second, model_path, tmp_path, max_bytes, zero_stage
+    lives, model_path, tmp_path, max_bytes, zero_stage
 ):
     train, batches = adamw(zero_stage, 2), six_batches(2, 1)[:3]
     folder = str(tmp_path / "learner")
     limits = {1: max_bytes}
-    whole = first(2, model_path, train, batches, save_after=1, save_to=folder, max_file_bytes=limits)
-    resumed = second(2, model_path, train, batches[1:], checkpoint=folder)
+    whole = lives(2, model_path, train, batches, save_after=1, save_to=folder, max_file_bytes=limits)
+    resumed = lives(2, model_path, train, batches[1:], checkpoint=folder)
     assert resumed[1].metrics == whole[1].metrics[1:]
 
 
-def test_another_layout_is_refused_before_the_ranks_meet(first, second, model_path, tmp_path):
+def test_another_layout_is_refused_before_the_ranks_meet(lives, model_path, tmp_path):
     folder = str(tmp_path)
-    first(1, model_path, adamw(2, 1), six_batches(1, 1)[:1], save_after=0, save_to=folder)
+    lives(1, model_path, adamw(2, 1), six_batches(1, 1)[:1], save_after=0, save_to=folder)
     assert saved_layout(folder) == Layout(ranks=1, zero_stage=2)
     check_layout(folder, Layout(ranks=1, zero_stage=2))
     with pytest.raises(ConfigError) as caught:
-        second(1, model_path, adamw(1, 1), [], checkpoint=folder)
+        lives(1, model_path, adamw(1, 1), [], checkpoint=folder)
     assert (caught.value.what, caught.value.got) == ("train.zero_stage", "1")
     assert caught.value.wanted.startswith("2, as in") and "train.zero_stage=2" in caught.value.remedy
     with pytest.raises(ConfigError) as caught:
@@ -262,9 +251,9 @@ def test_another_layout_is_refused_before_the_ranks_meet(first, second, model_pa
     assert caught.value.what == "train.ranks"
 
 
-def test_a_folder_without_a_learner_is_refused(second, model_path, tmp_path):
+def test_a_folder_without_a_learner_is_refused(lives, model_path, tmp_path):
     with pytest.raises(CheckpointDamaged, match="layout.json"):
-        second(1, model_path, adamw(0, 1), [], checkpoint=str(tmp_path))
+        lives(1, model_path, adamw(0, 1), [], checkpoint=str(tmp_path))
 
 
 def test_the_layout_is_read_without_heavy_libraries():

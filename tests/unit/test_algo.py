@@ -1,174 +1,219 @@
-"""Advantages, losses, corrections and measures against values worked out by hand."""
+"""Measures, aggregations, coefficients, and the tables as a whole."""
 
+import functools
+import inspect
 import math
-from functools import partial
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 
-from rlsys.algo.advantages import ADVANTAGES, grpo
-from rlsys.algo.corrections import CORRECTIONS, none, tis
-from rlsys.algo.losses import POLICY_LOSSES, ppo_clip, reinforce
-from rlsys.algo.measures import EffectiveShare, Max, Mean, Min, merge
-from rlsys.algo.objective import policy_objective
+import rlsys.algo
+from rlsys.algo import (
+    ADVANTAGES,
+    AGGREGATIONS,
+    COEFFICIENTS,
+    CORRECTIONS,
+    KL_ESTIMATORS,
+    POLICY_LOSSES,
+    VALUE_LOSSES,
+)
+from rlsys.algo.coefficients import Coefficient
+from rlsys.algo.measures import EffectiveShare, Max, Mean, Measure, Min, Std, Sum, merge
+from rlsys.algo.prepass import Prepass
+from rlsys.algo.rows import LEGEND, RowFacts, Scope, call_row, call_whole, collect, facts_of, inputs_of, row, settle
+from rlsys.algo.segments import Segments
+from rlsys.algo.trial import trial_inputs, try_row
+
+TABLES: Mapping[str, Mapping[str, Callable]] = {
+    name: getattr(rlsys.algo, name) for name in rlsys.algo.__all__ if name != "COEFFICIENTS"
+}
+ROWS = [(table, name) for table, rows in TABLES.items() for name in rows]
+NEEDED = {"seq_mean_token_sum_norm": {"max_tokens": 8}, "constant": {"tokens": 8}}  # parameters without a default
 
 
 def floats(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
+def doubles(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def flags(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.bool)
 
 
-def values_of(measures) -> dict[str, float]:
+def values_of(measures: Mapping[str, Measure]) -> dict[str, float | None]:
     return {name: measure.value() for name, measure in measures.items()}
 
 
-def test_grpo_standardises_within_each_group_with_the_unbiased_std():
-    # group one: mean 1, squares 1 + 0 + 1, variance 2 / (3 - 1) = 1; group two: mean 2, variance 8 / 1
-    advantages = grpo(floats(0, 1, 2, 0, 4), torch.tensor([0, 3]), eps=0.0)
-    torch.testing.assert_close(advantages, floats(-1, 0, 1, -(0.5**0.5), 0.5**0.5))
-
-
-def test_grpo_adds_eps_to_the_std_and_can_leave_the_std_out():
-    torch.testing.assert_close(grpo(floats(0, 1, 2), torch.tensor([0]), eps=1.0), floats(-0.5, 0, 0.5))
-    torch.testing.assert_close(grpo(floats(0, 4), torch.tensor([0]), scale_by_std=False), floats(-2, 2))
-
-
-def test_group_without_variance_or_with_one_member_gets_exactly_zero():
-    # 0.1 three times does not average to 0.1 in binary, and 1 / eps would blow the rest up
-    advantages = grpo(floats(0.1, 0.1, 0.1, 7.0, 1.0, 0.0), torch.tensor([0, 3, 4]))
-    assert advantages[:4].tolist() == [0.0, 0.0, 0.0, 0.0]
-    assert advantages[4] > 0 > advantages[5]
-
-
-def test_grpo_equals_a_loop_over_many_groups():
-    torch.manual_seed(0)
-    sizes = torch.randint(2, 9, (50,))
-    rewards = torch.rand(int(sizes.sum()), dtype=torch.float64)
-    wanted = torch.cat([(part - part.mean()) / (part.std() + 1e-6) for part in rewards.split(sizes.tolist())])
-    torch.testing.assert_close(grpo(rewards, sizes.cumsum(0) - sizes), wanted)
-
-
-def test_group_starts_that_do_not_begin_at_zero_or_do_not_ascend_are_refused():
-    for starts in ([1, 2], [0, 2, 2], [0, 9]):
-        with pytest.raises(AssertionError):
-            grpo(floats(1, 2, 3), torch.tensor(starts))
-
-
-def test_ppo_clip_takes_the_worse_of_free_and_clipped():
-    ratios = floats(1.5, 0.5, 1.5, 0.5, 1.1)
-    advantages = floats(1, 1, -1, -1, 2)
-    anchor = floats(-1, -2, -3, -1, -2)
-    policy = (anchor + ratios.log()).requires_grad_()
-    losses = ppo_clip(policy, anchor, advantages, flags(1, 1, 1, 1, 1), eps_low=0.2, eps_high=0.3)
-    # a gain beyond 1.3 counts as 1.3, a loss below 0.8 as 0.8, the other two sides are never clipped
-    torch.testing.assert_close(losses.loss_T, floats(-1.3, -0.5, 1.5, 0.8, -2.2))
-    measured = values_of(losses.measures)
-    assert measured["actor/pg_clipfrac"] == pytest.approx(2 / 5)
-    assert measured["actor/ppo_kl"] == pytest.approx(-float(ratios.log().mean()))
-    losses.loss_T.sum().backward()
-    torch.testing.assert_close(policy.grad, floats(0, -0.5, 1.5, 0, -2.2))  # none where the clip acts
-
-
-def test_at_ratio_one_ppo_clip_has_the_gradient_of_reinforce():
-    anchor, advantages, mask = floats(-1, -2, -3), floats(2, -1, 5), flags(1, 1, 0)
-    gradients = []
-    for loss in (ppo_clip, reinforce):
-        policy = anchor.clone().requires_grad_()
-        loss(policy, anchor, advantages, mask).loss_T.sum().backward()
-        gradients.append(policy.grad)
-    torch.testing.assert_close(gradients[0], floats(-2, 1, 0))
-    torch.testing.assert_close(gradients[1], floats(-2, 1, 0))
-
-
-def test_a_token_outside_the_mask_reaches_neither_loss_nor_gradient_whatever_stands_there():
-    for loss in POLICY_LOSSES.values():
-        policy = floats(-1, math.inf).requires_grad_()
-        result = loss(policy, floats(-1, math.nan), floats(1, math.nan), flags(1, 0)).loss_T
-        result.sum().backward()
-        assert result[1] == 0.0 and policy.grad[1] == 0.0
-    for correction in CORRECTIONS.values():
-        assert correction(floats(-1, math.nan), floats(-1, math.inf), flags(1, 0)).weights_T.isfinite().all()
-
-
-def test_log_ratio_is_bounded_so_that_the_loss_stays_finite():
-    loss = ppo_clip(floats(0), floats(-500), floats(-1), flags(1)).loss_T
-    torch.testing.assert_close(loss, floats(math.exp(20)))
-
-
-def test_tis_cuts_the_ratio_at_the_cap_and_measures_it():
-    k = floats(0.5, 1.0, 4.0, 99.0)
-    behaviour = floats(-1, -2, -6, -7).requires_grad_()
-    proximal = (behaviour.detach() + k.log()).requires_grad_()
-    result = tis(proximal, behaviour, flags(1, 1, 1, 0), cap=2.0)
-    assert not result.weights_T.requires_grad
-    torch.testing.assert_close(result.weights_T[:3], floats(0.5, 1.0, 2.0))
-    measured = values_of(result.measures)
-    logs = [math.log(0.5), 0.0, math.log(4.0)]
-    assert measured["rollout_corr/is_truncated"] == pytest.approx(1 / 3)
-    assert measured["rollout_corr/is_mean"] == pytest.approx(3.5 / 3)
-    assert measured["rollout_corr/is_max"] == pytest.approx(4.0)
-    assert measured["rollout_corr/ess"] == pytest.approx(3.5**2 / (3 * (0.25 + 1 + 4)))
-    assert measured["rollout_corr/kl"] == pytest.approx(-sum(logs) / 3)
-    assert measured["rollout_corr/kl_k3"] == pytest.approx((5.5 - 3 - sum(logs)) / 3)
-    assert measured["rollout_corr/chi2"] == pytest.approx((0.25 + 1 + 16) / 3 - 1)
-
-
-def test_without_a_correction_every_weight_is_one_and_the_distance_is_still_measured():
-    result = none(floats(-1, -1), floats(-1, -3), flags(1, 1))
-    assert result.weights_T.tolist() == [1.0, 1.0]
-    assert values_of(result.measures)["rollout_corr/kl"] == pytest.approx(-1.0)
-
-
-def test_objective_is_a_sum_of_weight_times_loss():
-    proximal, behaviour = floats(-1, -1, -1, -1), floats(-1, -2, -3, -1.5)
-    policy = proximal.clone().requires_grad_()
-    result = policy_objective(
-        policy_logprobs_T=policy,
-        proximal_logprobs_T=proximal,
-        behaviour_logprobs_T=behaviour,
-        advantages_T=floats(1, 2, -3, 9),
-        mask_T=flags(1, 1, 1, 0),
-        on_policy_mask_T=flags(0, 1, 0, 0),
-        loss=partial(ppo_clip, eps_high=0.3),
-        correction=partial(tis, cap=3.0),
-    )
-    # weights 1, e, 3 (e^2 cut); losses -1, -2, 3
-    assert result.loss_sum.item() == pytest.approx(-1 - 2 * math.e + 9)
-    result.loss_sum.backward()
-    torch.testing.assert_close(policy.grad, floats(-1, -2 * math.e, 9, 0))
-    measured = values_of(result.measures)
-    assert measured["actor/pg_loss"] == pytest.approx((8 - 2 * math.e) / 3)
-    assert measured["critic/advantages/mean"] == 0.0
-    assert (measured["critic/advantages/max"], measured["critic/advantages/min"]) == (2.0, -3.0)
-    assert measured["rollout_corr/logprob_abs_diff_mean"] == pytest.approx(1.0)
-    assert measured["rollout_corr/logprob_abs_diff_max"] == pytest.approx(2.0)
-    assert measured["rollout_corr/on_policy_logprob_abs_diff_mean"] == pytest.approx(1.0)
+# --- measures
 
 
 def test_measures_of_parts_combine_to_the_measure_of_the_whole():
     torch.manual_seed(0)
     values, mask = torch.randn(40), torch.rand(40) < 0.5
-    for kind in (Mean, Max, Min, EffectiveShare):
+    for kind in (Mean, Max, Min, Std, EffectiveShare):
         parts = [{"m": kind.of(values[here], mask[here])} for here in (slice(0, 3), slice(3, 30), slice(30, 40))]
         merged = merge(merge(parts[0], parts[1]), parts[2])
         assert merged["m"].value() == pytest.approx(kind.of(values, mask).value())
     chosen = values[mask].double()
     assert Mean.of(values, mask).value() == pytest.approx(float(chosen.mean()))
+    assert Std.of(values, mask).value() == pytest.approx(float(chosen.std(unbiased=False)))
     assert Min.of(values, mask).value() == float(chosen.min())
     assert Max.of(values, mask).value() == float(chosen.max())
+    assert Sum(doubles(1)).plus(Sum(doubles(2))).value() == 3.0
+
+
+def test_effective_share_is_kishs():
+    # (1 + 3)^2 / (2 (1 + 9))
+    assert EffectiveShare.of(floats(1, 3, 9), flags(1, 1, 0)).value() == pytest.approx(16 / 20)
 
 
 def test_measure_of_nothing_has_no_value():
-    for kind in (Mean, Max, Min, EffectiveShare):
+    for kind in (Mean, Max, Min, Std, EffectiveShare):
         assert kind.of(floats(1.0), flags(0)).value() is None
 
 
-def test_registries_name_every_row():
-    assert (sorted(ADVANTAGES), sorted(POLICY_LOSSES), sorted(CORRECTIONS)) == (
-        ["grpo"],
-        ["ppo_clip", "reinforce"],
-        ["none", "tis"],
-    )
+# --- aggregations: losses 1, 2 of the first sequence, 6 of the second; the third has no weighted token
+
+SEGMENTS = Segments(torch.tensor([0, 3, 4]), 6)
+MASK = flags(1, 1, 0, 1, 0, 0)
+LOSSES = floats(1, 2, 99, 6, 99, 99)
+AGGREGATED = {
+    "token_mean": ({}, 9 / 3),
+    "token_sum": ({}, 9),
+    "seq_mean_token_mean": ({}, (1.5 + 6) / 2),
+    "seq_mean_token_sum": ({}, (3 + 6) / 2),
+    "seq_mean_token_sum_norm": ({"max_tokens": 3}, (3 / 3 + 6 / 3) / 2),
+    "constant": ({"tokens": 6}, 9 / 6),
+    "prompt_mean": ({}, (1.5 + 6) / 2),
+}
+
+
+@pytest.mark.parametrize("name", AGGREGATED)
+def test_aggregation_is_the_sum_of_weighted_losses_over_the_count(name):
+    parameters, wanted = AGGREGATED[name]
+    inputs = {"mask_T": MASK, "segments": SEGMENTS, "prompt_tokens_S": floats(2, 1, 5)}
+    result = call_row(functools.partial(AGGREGATIONS[name], **parameters), inputs)
+    total = (result.coefficients_T * LOSSES).sum().item()
+    assert total / (1.0 if result.count is None else result.count.item()) == pytest.approx(wanted)
+    assert result.coefficients_T[~MASK].tolist() == [0, 0, 0]
+
+
+def test_a_prompt_in_two_microbatches_counts_once():
+    # three tokens of one prompt, two here and one there: (1 + 2) / 3 + 6 / 3, the counts 2 / 3 + 1 / 3
+    parts = [
+        AGGREGATIONS["prompt_mean"](flags(1, 1), Segments(torch.tensor([0]), 2), floats(3)),
+        AGGREGATIONS["prompt_mean"](flags(1), Segments(torch.tensor([0]), 1), floats(3)),
+    ]
+    assert sum(part.count.item() for part in parts) == pytest.approx(1.0)
+    assert parts[0].coefficients_T.tolist() == pytest.approx([1 / 3, 1 / 3])
+
+
+# --- coefficients
+
+
+def test_coefficients_move_as_their_papers_say():
+    assert COEFFICIENTS["fixed"](0.1, 99.0) == Coefficient(kept=0.1, applied=0.1)
+    # measured 9 against 6 is 50% too much, held at 20%: 1 + 0.2 * 512 / 10240
+    grown = COEFFICIENTS["adaptive_kl"](2.0, 9.0, target=6.0, horizon=10_240.0, rollouts=512)
+    assert grown.kept == grown.applied == pytest.approx(2.0 * 1.01)
+    # 5.4 is 10% too little: 1 - 0.1 * 512 / 10240
+    fallen = COEFFICIENTS["adaptive_kl"](2.0, 5.4, target=6.0, horizon=10_240.0, rollouts=512)
+    assert fallen.applied == pytest.approx(2.0 * 0.995)
+    assert COEFFICIENTS["linear_decay"](0.4, 0.0, last=0.1, step=1, steps=3).applied == pytest.approx(0.3)
+    assert COEFFICIENTS["linear_decay"](0.4, 0.0, last=0.1, step=7, steps=3).applied == pytest.approx(0.1)
+
+
+def test_an_entropy_bonus_acts_only_below_its_target():
+    adaptive = COEFFICIENTS["adaptive_entropy"]
+    assert adaptive(0.01, 0.1).kept == adaptive(0.01, 0.1).applied == pytest.approx(0.015)
+    assert (adaptive(0.01, 0.3).kept, adaptive(0.01, 0.3).applied) == (pytest.approx(0.005), 0.0)
+    assert adaptive(0.001, 0.3).kept == 0.0 and adaptive(0.999, 0.1).kept == 1.0
+
+
+# --- the tables
+
+
+@pytest.mark.parametrize(("table", "name"), ROWS)
+def test_every_row_has_its_name_a_formula_a_source_and_inputs_of_the_legend(table, name):
+    function = TABLES[table][name]
+    assert function.__name__ == name
+    facts = facts_of(function)
+    assert facts.source and facts.peers or name == "none"
+    assert inspect.getdoc(function)
+    assert set(inputs_of(function)) <= LEGEND.keys()
+    assert (facts.prepass is not None) == (facts.scope is Scope.BATCH) == ("settled" in inputs_of(function))
+    assert not facts.aggregations or set(facts.aggregations) <= AGGREGATIONS.keys()
+
+
+@pytest.mark.parametrize(("table", "name"), ROWS)
+def test_every_row_can_be_tried_and_refuses_an_unknown_parameter(table, name):
+    bound = functools.partial(TABLES[table][name], **NEEDED.get(name, {}))
+    try_row(bound)
+    with pytest.raises(TypeError):
+        try_row(functools.partial(bound, no_such_parameter=1.0))
+
+
+@pytest.mark.parametrize(("table", "name"), ROWS)
+def test_every_parameter_of_a_row_is_a_keyword_with_a_type(table, name):
+    for parameter in inspect.signature(TABLES[table][name], eval_str=True).parameters.values():
+        if parameter.name not in LEGEND:
+            assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+            assert parameter.annotation is not inspect.Parameter.empty
+
+
+def test_only_rejecting_rows_shrink_the_count():
+    shrinking = {name for name, function in CORRECTIONS.items() if not facts_of(function).keeps_count}
+    assert shrinking == {name for name in CORRECTIONS if name.startswith("reject") or name == "veto"}
+    for rows in (ADVANTAGES, POLICY_LOSSES, VALUE_LOSSES, KL_ESTIMATORS, AGGREGATIONS):
+        assert all(facts_of(function).keeps_count for function in rows.values())
+
+
+def test_a_row_is_given_what_its_parameters_are_named_after():
+    def last(mask_T, policy_logprobs_T, *, factor: float = 1.0):
+        return policy_logprobs_T[mask_T][-1] * factor
+
+    inputs = {"policy_logprobs_T": floats(1, 2, 3), "mask_T": flags(1, 1, 0), "advantages_T": None}
+    assert call_row(last, inputs) == 2.0
+    assert call_row(functools.partial(functools.partial(last, factor=5.0), factor=3.0), inputs) == 6.0
+    assert facts_of(last) == RowFacts()
+    with pytest.raises(TypeError, match="last asks for policy_logprobs_T; given: mask_T"):
+        call_row(last, {"mask_T": flags(1)})
+
+
+def test_a_row_whose_input_the_legend_does_not_name_cannot_be_declared():
+    with pytest.raises(AssertionError, match="logprob_T"):
+
+        @row(RowFacts(source="nowhere"))
+        def wrong(logprob_T):
+            return logprob_T
+
+
+def test_the_prepass_of_a_row_is_given_the_rows_parameters():
+    lite_ppo = functools.partial(ADVANTAGES["lite_ppo"], eps=0.0)
+    inputs = {"rewards_S": doubles(0, 2, 4, 6), "group_starts_G": torch.tensor([0, 2])}
+    parts = [{**inputs, "rewards_S": inputs["rewards_S"][here]} for here in (slice(0, 1), slice(1, 4))]
+    first, second = (collect(lite_ppo, part) for part in parts)
+    assert first is not None and second is not None
+    settled = settle(lite_ppo, first.plus(second))
+    # squares of -3, -1, 1, 3 are 20 in all, over 3
+    assert settled is not None and settled["variance"].item() == pytest.approx(20 / 3)
+    together = call_row(lite_ppo, inputs, settled)
+    torch.testing.assert_close(together, doubles(-1, 1, -1, 1) / math.sqrt(20 / 3))
+    torch.testing.assert_close(call_whole(lite_ppo, inputs), together)
+    with pytest.raises(TypeError, match="settled"):
+        call_row(lite_ppo, inputs)
+
+
+def test_batch_scope_without_a_prepass_cannot_be_declared():
+    with pytest.raises(AssertionError):
+        RowFacts(scope=Scope.BATCH)
+    with pytest.raises(AssertionError):
+        RowFacts(prepass=Prepass(collect=len, settle=len))
+
+
+def test_trial_inputs_name_everything_in_the_legend():
+    assert trial_inputs().keys() | {"settled"} == LEGEND.keys()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rlsys.envs.single_turn import SingleTurn
@@ -109,7 +109,35 @@ def test_an_answer_cut_at_its_limit_ends_the_conversation():
 def test_without_a_chat_template_text_stays_as_it_is():
     tokenizer = _tokenizer(chat_template=None)
     assert opening_tokens(tokenizer, "one two") == [ONE, TWO]
-    assert following_tokens(tokenizer, [{"role": "user", "content": "again"}]) == [AGAIN]
+    assert following_tokens(tokenizer, [{"role": "user", "content": "again"}], last_token=END) == [AGAIN]
+
+
+@pytest.mark.parametrize("last_token", [END, MODEL])
+def test_the_end_that_the_model_wrote_is_not_written_twice_whichever_token_it_is(last_token):
+    """Some templates end a turn with a token that is not the tokenizer's end of sequence."""
+    template = TEMPLATE.replace("<end>", WORDS[last_token]).replace("'<model> ' }}", "'' }}")
+    after = following_tokens(_tokenizer(template), [{"role": "user", "content": "again"}], last_token=last_token)
+    assert after == [NEWLINE, USER, AGAIN, last_token, NEWLINE, MODEL]
+
+
+def test_a_template_that_renders_the_last_answer_otherwise_does_not_garble_what_follows():
+    """As templates of reasoning models do: a thought stands before an answer only while nothing follows it."""
+    template = TEMPLATE.replace(
+        "{{ m.content }}", "{{ 'three ' if loop.last and m.role != 'user' else '' }}{{ m.content }}"
+    )
+    again = [{"role": "user", "content": "again"}]
+    assert following_tokens(_tokenizer(template), again, last_token=END) == [NEWLINE, USER, AGAIN, END, NEWLINE, MODEL]
+
+
+@pytest.mark.parametrize(("chat_template", "opening"), [(None, [ONE, TWO]), ("<user> ", [USER, ONE, TWO])])
+def test_a_first_token_that_tokenizer_and_template_both_put_stands_there_once(chat_template, opening):
+    template = None if chat_template is None else "{{ bos_token }} <user> {{ messages[0].content }}"
+    tokenizer = _tokenizer(template)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<model> $A", special_tokens=[("<model>", MODEL)]
+    )
+    tokenizer.bos_token = "<model>"
+    assert opening_tokens(tokenizer, "one two") == [MODEL, *opening]
 
 
 def test_refused_and_empty_members_are_dropped_by_cause():
@@ -120,6 +148,16 @@ def test_refused_and_empty_members_are_dropped_by_cause():
     group = _play(lambda request, version: [THREE, END] if request.seed == right_seed else [])
     assert [member.rollout_id for member in group.rollouts] == ["t:0:0#0/1"]
     assert [(member.rollout_id, member.cause) for member in group.dropped] == [("t:0:0#0/0", DropCause.EMPTY)]
+
+
+def test_a_context_too_long_for_another_turn_drops_the_member_by_cause():
+    answers = {6: [THREE, END], 14: [MORE, END]}  # by length of the context
+    group = _play(lambda request, version: answers[len(request.token_ids)], env=AskAgain, max_model_len=15)
+    assert len(group.rollouts) == 2
+    group = _play(lambda request, version: answers[len(request.token_ids)], env=AskAgain, max_model_len=14)
+    assert group.rollouts == ()
+    assert [member.cause for member in group.dropped] == [DropCause.ENGINE_REFUSED] * 2
+    assert "prompt of 14 tokens, context of 14" in group.dropped[0].detail
 
 
 def test_a_lost_engine_loses_the_whole_group():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -183,11 +184,14 @@ def test_jsonl_and_parquet_give_the_same_questions(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"prompt": "a"}\n\n{"prompt": \n', "line 3\n  got:    no JSON"),
+        ('{"prompt": ' + "[" * 100_000, "line 1\n  got:    no JSON: maximum recursion depth"),
+        ('{"prompt": "a", "answer": ' + "1" * 5000 + "}", "line 1\n  got:    no JSON: Exceeds the limit"),
         ("\n\n", "got:    no questions"),
         ('{"prompt": "a"}\n[1]\n', "line 2\n  got:    a JSON list"),
         ('{"question": "a", "answer": 1}\n', "line 1\n  got:    the columns question, answer"),
         ('{"prompt": 5}\n', "line 1\n  got:    'prompt' holds int 5"),
         ('{"prompt": " "}\n', "line 1\n  got:    'prompt' holds str ' '"),
+        ('{"prompt": "\\ud800"}\n', "line 1\n  got:    'prompt' holds str '\\ud800'"),  # half a character
         ('{"prompt": [{"role": "user"}]}\n', "line 1\n  got:    'prompt' holds list"),
         ('{"prompt": "a", "completion": "b"}\n', "line 1\n  got:    a further column 'completion'"),
     ],
@@ -210,6 +214,20 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "data.parquet").write_text("no parquet")
     with pytest.raises(ConfigError, match="no parquet"):
         read_questions(tmp_path / "data.parquet", key="data.train_path")
+
+
+def test_an_answer_column_that_no_row_has_is_refused_where_it_was_named(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", {"prompt": "a", "solution": "b"}, {"prompt": "c", "solution": "d"})
+    assert [question.answer for question in read_questions(path, key="data.train_path")] == [None, None]
+    with pytest.raises(ConfigError, match="no answer in a column 'soluton'; further columns: solution"):
+        read_questions(path, key="data.train_path", answer_key="soluton")
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", {"prompt": "a"})
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # for root every file can be read
+    with pytest.raises(ConfigError, match="no permission"):
+        read_questions(path, key="data.train_path")
 
 
 # Tasks

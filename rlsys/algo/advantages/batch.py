@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlsys.algo.advantages.group import centred, groups_of, grpo
+from rlsys.algo.advantages.group import centred, groups_of, grpo, scaled
 from rlsys.algo.prepass import Prepass, Settled, Statistics, moments, settle_moments, whiten
 from rlsys.algo.rows import Need, RowFacts, Scope, row
 
@@ -29,7 +29,7 @@ def _collect_rewards(rewards_S: Tensor) -> Statistics:
 def lite_ppo(rewards_S: Tensor, group_starts_G: Tensor, settled: Settled, *, eps: float = 1e-4) -> Tensor:
     """A = (r - mean of the group) / (unbiased std of all rewards of the batch + eps)."""
     difference_S = centred(rewards_S, groups_of(rewards_S, group_starts_G))
-    return (difference_S / (settled["variance"].sqrt() + eps)).to(rewards_S.dtype)
+    return scaled(difference_S, settled["variance"].sqrt() + eps).to(rewards_S.dtype)
 
 
 def _collect_nonzero(rewards_S: Tensor) -> Statistics:

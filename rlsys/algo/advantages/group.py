@@ -35,6 +35,11 @@ def group_std(centred_S: Tensor, groups: Segments, *, unbiased: bool) -> Tensor:
     return groups.spread((groups.sum(centred_S.square()) / freedom_G.clamp(min=1)).sqrt())
 
 
+def scaled(centred_S: Tensor, scale_S: Tensor) -> Tensor:
+    """centred / scale; 0 where the scale is 0, which is where the group has nothing to tell."""
+    return torch.where(scale_S == 0.0, 0.0, centred_S / torch.where(scale_S == 0.0, 1.0, scale_S))
+
+
 @row(
     RowFacts(
         source="DeepSeekMath, Shao et al. 2024, arXiv:2402.03300",
@@ -73,7 +78,7 @@ def grpo(
     groups = groups_of(rewards_S, group_starts_G)
     advantages_S = centred(rewards_S, groups)
     if scale_by_std:
-        advantages_S = advantages_S / (group_std(advantages_S, groups, unbiased=unbiased) + eps)
+        advantages_S = scaled(advantages_S, group_std(advantages_S, groups, unbiased=unbiased) + eps)
     return advantages_S.to(rewards_S.dtype)
 
 
@@ -131,7 +136,7 @@ def grpo_loo(rewards_S: Tensor, group_starts_G: Tensor, *, eps: float = 1e-4) ->
     """A = (r - mean of the others of the group) / (unbiased std of the group + eps)."""
     groups = groups_of(rewards_S, group_starts_G)
     std_S = group_std(centred(rewards_S, groups), groups, unbiased=True)
-    return (rloo(rewards_S.double(), group_starts_G) / (std_S + eps)).to(rewards_S.dtype)
+    return scaled(rloo(rewards_S.double(), group_starts_G), std_S + eps).to(rewards_S.dtype)
 
 
 @row(
@@ -147,7 +152,7 @@ def maxrl(rewards_S: Tensor, group_starts_G: Tensor, *, eps: float = 1e-6) -> Te
     groups = groups_of(rewards_S, group_starts_G)
     everywhere_S = torch.ones_like(rewards_S, dtype=torch.bool)
     mean_S = groups.spread(groups.mean(rewards_S.double(), everywhere_S))
-    return (centred(rewards_S, groups) / (mean_S + eps)).to(rewards_S.dtype)
+    return scaled(centred(rewards_S, groups), mean_S + eps).to(rewards_S.dtype)
 
 
 @row(
@@ -172,7 +177,7 @@ def grpo_passk(rewards_S: Tensor, group_starts_G: Tensor, *, scale_by_std: bool 
     is_alone_G = (groups.count(is_best_S) == 1) & second_G.isfinite()
     advantages_S = torch.where(is_best_S & groups.spread(is_alone_G), groups.spread(best_G - second_G), 0.0)
     if scale_by_std:
-        advantages_S = advantages_S / (group_std(centred(rewards_S, groups), groups, unbiased=True) + eps)
+        advantages_S = scaled(advantages_S, group_std(centred(rewards_S, groups), groups, unbiased=True) + eps)
     return advantages_S.to(rewards_S.dtype)
 
 

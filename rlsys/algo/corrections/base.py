@@ -69,9 +69,9 @@ def weighted(log_k_T: Tensor, mask_T: Tensor, *, mode: Mode, low: float, high: f
         weights_T=weights_T,
         mask_T=mask_T,
         measures={
-            "rollout_corr/rollout_is_ratio_fraction_high": Mean.of(above_T.double(), mask_T),
-            "rollout_corr/rollout_is_ratio_fraction_low": Mean.of(below_T.double(), mask_T),
-            "rollout_corr/rollout_is_oob_ratio": Mean.of(cut_T.double(), mask_T),
+            "rollout_corr/rollout_is_ratio_fraction_high": Mean.share(above_T, mask_T),
+            "rollout_corr/rollout_is_ratio_fraction_low": Mean.share(below_T, mask_T),
+            "rollout_corr/rollout_is_oob_ratio": Mean.share(cut_T, mask_T),
         },
     )
 
@@ -81,5 +81,5 @@ def flags_as_weights(kept_T: Tensor, like_T: Tensor, mask_T: Tensor) -> TokenWei
     return TokenWeights(
         weights_T=kept_T.to(like_T.dtype),
         mask_T=mask_T,
-        measures={"rollout_corr/rollout_is_oob_ratio": Mean.of((~kept_T).double(), mask_T)},
+        measures={"rollout_corr/rollout_is_oob_ratio": Mean.share(~kept_T, mask_T)},
     )

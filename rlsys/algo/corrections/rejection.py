@@ -41,7 +41,7 @@ def _rejecting(name: str, statistic_T: Tensor, kept_T: Tensor, mask_T: Tensor) -
         measures={
             f"{prefix}_mean": Mean.of(statistic_T, mask_T),
             f"{prefix}_max": Max.of(statistic_T, mask_T),
-            f"{prefix}_masked_fraction": Mean.of((~kept_T).double(), mask_T),
+            f"{prefix}_masked_fraction": Mean.share(~kept_T, mask_T),
         },
     )
 

@@ -149,7 +149,7 @@ def kpop(
 
 
 def worse_binary_kl(proximal_logprobs_T: Tensor, behaviour_logprobs_T: Tensor, mask_T: Tensor) -> Tensor:
-    """The larger of the two KLs of the coins proximal and behaviour, float64 [T]."""
+    """The larger of the two KLs of the coins proximal and behaviour, [T]."""
     p_T, q_T = (torch.where(mask_T, t.detach(), 0.0).exp() for t in (proximal_logprobs_T, behaviour_logprobs_T))
     return torch.maximum(binary_kl(p_T, q_T), binary_kl(q_T, p_T))
 

@@ -50,9 +50,9 @@ def ratio_measures(
     """``actor/ppo_kl``, and the shares of tokens that the trust region cut (bool [T]), under verl's names."""
     measures: dict[str, Measure] = {"actor/ppo_kl": Mean.of(-log_ratio_T, mask_T)}
     if clipped_T is not None:
-        measures["actor/pg_clipfrac"] = Mean.of(clipped_T.double(), mask_T)
+        measures["actor/pg_clipfrac"] = Mean.share(clipped_T, mask_T)
     if clipped_low_T is not None:
-        measures["actor/pg_clipfrac_lower"] = Mean.of(clipped_low_T.double(), mask_T)
+        measures["actor/pg_clipfrac_lower"] = Mean.share(clipped_low_T, mask_T)
     return measures
 
 
@@ -60,6 +60,19 @@ def clipped_loss(log_ratio_T: Tensor, advantages_T: Tensor, eps_low: float, eps_
     """max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high)) and where the clip acts (bool), both [T]."""
     assert 0.0 <= eps_low <= 1.0 and eps_high >= 0.0, f"eps_low={eps_low}, eps_high={eps_high}"
     ratio_T = log_ratio_T.exp()
-    free_T = -advantages_T * ratio_T
-    bounded_T = -advantages_T * ratio_T.clamp(1.0 - eps_low, 1.0 + eps_high)
-    return torch.maximum(free_T, bounded_T), bounded_T.detach() > free_T.detach()
+    clipped_T = is_clipped(ratio_T, advantages_T, eps_low, eps_high)
+    return -advantages_T * held(ratio_T, clipped_T, eps_low, eps_high), clipped_T
+
+
+def is_clipped(ratio_T: Tensor, advantages_T: Tensor, eps_low: float, eps_high: float) -> Tensor:
+    """Where -A clip(r) is above -A r, bool [T]: beyond the band, on the side that A pushes to."""
+    ratio_T = ratio_T.detach()
+    return ((ratio_T > 1.0 + eps_high) & (advantages_T > 0.0)) | ((ratio_T < 1.0 - eps_low) & (advantages_T < 0.0))
+
+
+def held(ratio_T: Tensor, clipped_T: Tensor, eps_low: float, eps_high: float) -> Tensor:
+    """r, and where the clip acts the bound that it is held at, without gradient.
+
+    Times -A this is max(-A r, -A clip(r)), and autograd keeps less for it.
+    """
+    return torch.where(clipped_T, ratio_T.detach().clamp(1.0 - eps_low, 1.0 + eps_high), ratio_T)

@@ -131,21 +131,14 @@ def two_sided_clip(
     eps_high: float = 0.2,
     delta: float = 4.0,
 ) -> TokenLosses:
-    """max(-A min(r, delta), -A clip(r, 1 - eps_low, 1 + eps_high)). ``dual_clip`` with c = delta, on A < 0.
+    """max(-A min(r, delta), -A clip(r, 1 - eps_low, 1 + eps_high)). The same as ``dual_clip`` with c = delta.
 
     Args:
         delta: above 1 + eps_high.
     """
     assert delta > 1.0 + eps_high, f"delta={delta} is not above 1 + eps_high={1.0 + eps_high}"
-    log_ratio_T, advantages_T = prepared(policy_logprobs_T, anchor_logprobs_T, advantages_T, mask_T)
-    _, clipped_T = clipped_loss(log_ratio_T, advantages_T, eps_low, eps_high)
-    ratio_T = log_ratio_T.exp()
-    free_T = -advantages_T * ratio_T.clamp(max=delta)
-    bounded_T = -advantages_T * ratio_T.clamp(1.0 - eps_low, 1.0 + eps_high)
-    cut_T = (advantages_T < 0.0) & (ratio_T.detach() > delta)
-    return TokenLosses(
-        loss_T=torch.maximum(free_T, bounded_T),
-        measures=ratio_measures(log_ratio_T, mask_T, clipped_T=clipped_T, clipped_low_T=cut_T),
+    return dual_clip(
+        policy_logprobs_T, anchor_logprobs_T, advantages_T, mask_T, eps_low=eps_low, eps_high=eps_high, c=delta
     )
 
 

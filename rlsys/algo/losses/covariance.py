@@ -95,11 +95,12 @@ def clip_cov(
         share: of the batch's tokens, at least one token, as far as there are any.
     """
     assert 0.0 < share <= 1.0 and cov_low < cov_high, f"share={share}, cov_low={cov_low}, cov_high={cov_high}"
+    covariance_T = _covariance(advantages_T, policy_logprobs_T.detach(), settled)
+    drawn_T = mask_T & (covariance_T > cov_low) & (covariance_T < cov_high) & (token_draws_T <= settled["last_draw"])
+    del covariance_T  # a fifth of what the loss keeps
     log_ratio_T, kept_advantages_T = prepared(policy_logprobs_T, anchor_logprobs_T, advantages_T, mask_T)
     loss_T, clipped_T = clipped_loss(log_ratio_T, kept_advantages_T, eps_low, eps_high)
-    covariance_T = _covariance(advantages_T, policy_logprobs_T.detach(), settled)
-    is_open_T = mask_T & (covariance_T > cov_low) & (covariance_T < cov_high) & ~clipped_T
-    taken_T = is_open_T & (token_draws_T <= settled["last_draw"])
+    taken_T = drawn_T & ~clipped_T
     return TokenLosses(
         loss_T=torch.where(taken_T, 0.0, loss_T), measures=ratio_measures(log_ratio_T, mask_T, clipped_T=taken_T)
     )
@@ -145,8 +146,7 @@ def kl_cov(
         kl_coef: 0 or more.
     """
     assert 0.0 < share <= 1.0 and kl_coef >= 0.0, f"share={share}, kl_coef={kl_coef}"
+    taken_T = mask_T & (_covariance(advantages_T, policy_logprobs_T.detach(), settled) >= settled["least"])
     log_ratio_T, kept_advantages_T = prepared(policy_logprobs_T, anchor_logprobs_T, advantages_T, mask_T)
-    covariance_T = _covariance(advantages_T, policy_logprobs_T.detach(), settled)
-    taken_T = mask_T & (covariance_T >= settled["least"])
     loss_T = -kept_advantages_T * log_ratio_T.exp() + torch.where(taken_T, kl_coef * log_ratio_T.abs(), 0.0)
     return TokenLosses(loss_T=loss_T, measures=ratio_measures(log_ratio_T, mask_T, clipped_T=taken_T))

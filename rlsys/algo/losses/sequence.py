@@ -101,17 +101,15 @@ def gmpo(
 ) -> TokenLosses:
     """-mean(A) exp(mean over the sequence of l'), l' the worse of l = log r and l held in [-eps_low, eps_high].
 
-    The worse one is the smaller where A > 0 and the larger where A < 0. The bounds are on log r.
+    The worse one is the smaller where A > 0, the larger where A < 0, and 0 where A = 0. The bounds are on log r.
     """
     assert eps_low >= 0.0 and eps_high >= 0.0, f"eps_low={eps_low}, eps_high={eps_high}"
     log_ratio_T, advantages_T = prepared(policy_logprobs_T, anchor_logprobs_T, advantages_T, mask_T)
-    held_T = log_ratio_T.clamp(-eps_low, eps_high)
-    sign_T = advantages_T.sign()
-    worse_T = sign_T * torch.minimum(sign_T * log_ratio_T, sign_T * held_T)
+    above_T = (advantages_T > 0.0) & (log_ratio_T.detach() > eps_high)
+    below_T = (advantages_T < 0.0) & (log_ratio_T.detach() < -eps_low)
+    held_T = torch.where(above_T | below_T, log_ratio_T.detach().clamp(-eps_low, eps_high), log_ratio_T)
+    worse_T = torch.where(advantages_T == 0.0, 0.0, held_T)
     ratio_S = bounded(segments.mean(worse_T, mask_T)).exp()
     loss_S = -segments.mean(advantages_T, mask_T) * ratio_S
-    cut_T = log_ratio_T.detach() != held_T.detach()
-    measures = ratio_measures(
-        log_ratio_T, mask_T, clipped_T=cut_T & (advantages_T > 0.0), clipped_low_T=cut_T & (advantages_T < 0.0)
-    )
+    measures = ratio_measures(log_ratio_T, mask_T, clipped_T=above_T, clipped_low_T=below_T)
     return TokenLosses(loss_T=torch.where(mask_T, segments.spread(loss_S), 0.0), measures=measures)

@@ -40,7 +40,7 @@ def sapo(
     """
     assert tau_pos > 0.0 and tau_neg > 0.0, f"tau_pos={tau_pos}, tau_neg={tau_neg}"
     log_ratio_T, advantages_T = prepared(policy_logprobs_T, anchor_logprobs_T, advantages_T, mask_T)
-    tau_T = torch.where(advantages_T > 0.0, tau_pos, tau_neg).to(log_ratio_T.dtype)
+    tau_T = torch.where(advantages_T > 0.0, log_ratio_T.new_tensor(tau_pos), log_ratio_T.new_tensor(tau_neg))
     gate_T = torch.sigmoid(tau_T * (log_ratio_T.exp() - 1.0)) * 4.0 / tau_T
     return TokenLosses(loss_T=-advantages_T * gate_T, measures=ratio_measures(log_ratio_T, mask_T))
 
@@ -48,6 +48,7 @@ def sapo(
 @row(
     RowFacts(
         source="DRO, Richemond et al. 2024, arXiv:2405.19107; Kimi k1.5, arXiv:2501.12599",
+        is_ratio_loss=True,
         anchor="behaviour",
         peers={"verl": "dro, dro_beta to be given", "ROLL": "kimi15, tau 0.1"},
     )
