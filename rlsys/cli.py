@@ -12,9 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rlsys.errors import ConfigError, RlsysError
-
-DONE, FAILED, CONFIG_ERROR, INTERRUPTED = 0, 1, 2, 130
+from rlsys.errors import CONFIG_ERROR, DONE, FAILED, INTERRUPTED, ConfigError, RlsysError
 
 app = typer.Typer(
     name="rlsys",

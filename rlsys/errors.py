@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+DONE, FAILED, CONFIG_ERROR, INTERRUPTED = 0, 1, 2, 130  # exit status of a command
+
 
 class RlsysError(Exception):
     """Base of every error that rlsys raises on purpose."""

@@ -59,7 +59,7 @@ def first_sentence(error: BaseException) -> str:
 
 def _join(address: str, options: Mapping[str, Any]) -> Any:
     try:
-        # first a look whether anybody is there: Ray itself tries for 20 minutes
+        # first a look whether anybody is there: Ray itself tries for ten minutes
         host, _, port = canonicalize_bootstrap_address(address).rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_TIMEOUT_S).close()
         return ray.init(address, **options)

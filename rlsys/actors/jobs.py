@@ -26,9 +26,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rlsys.actors.cluster import first_sentence
 from rlsys.config.load import dump_config
 from rlsys.config.schema import Config
-from rlsys.errors import ConfigError, RlsysError
+from rlsys.errors import CONFIG_ERROR, DONE, FAILED, INTERRUPTED, ConfigError, RlsysError
 
-DONE, FAILED, CONFIG_ERROR, INTERRUPTED = 0, 1, 2, 130
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # the dashboard of a cluster started here by `ray start --head`
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 CONFIG_FILE = "config.yaml"

@@ -17,7 +17,7 @@ from rlsys.checkpoints.store import CheckpointStore
 from rlsys.config.schema import Config
 from rlsys.controller.loops import Loops
 from rlsys.controller.state import RunState
-from rlsys.errors import RlsysError
+from rlsys.errors import DONE, FAILED, INTERRUPTED, RlsysError
 from rlsys.observe.lineage import CommitLog, check_exactly_once, rewind_metrics
 from rlsys.observe.progress import Progress
 from rlsys.observe.ray_metrics import RayGauges
@@ -27,7 +27,6 @@ from rlsys.observe.sink import RunSink
 from rlsys.observe.trackers import MetricsFile, TensorBoard, Tracker, Trackers
 from rlsys.weights.segment import remove_segments
 
-DONE, FAILED, INTERRUPTED = 0, 1, 130
 STOP_TIMEOUT_S = 30.0  # for the engines to shut down in order; what hangs longer is killed with the cluster
 
 

@@ -181,7 +181,7 @@ class ObserveSection(Section):
 
 class RaySection(Section):
     address: str | None = None
-    """Cluster to join; null means RAY_ADDRESS, or else a cluster started for this run."""
+    """HOST:PORT of the cluster to join; null means RAY_ADDRESS, or else a cluster started for this run."""
     dashboard: bool = True
     """Start the dashboard with a cluster started for this run."""
 

@@ -83,8 +83,8 @@ def ray_head(**environment: str) -> Iterator[Cluster]:
 
 
 def start_head(folder: Path, dashboard_port: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    names = ("port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
-    names += ("ray-client-server-port", "metrics-export-port")
+    names = ["port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port"]
+    names += ["ray-client-server-port", "metrics-export-port"]
     options = [f"--{name}={port}" for name, port in zip(names, free_ports(len(names)), strict=True)]
     options += [f"--dashboard-port={dashboard_port}", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
     options += ["--min-worker-port=0", "--max-worker-port=0", "--num-cpus=4", "--object-store-memory=200000000"]

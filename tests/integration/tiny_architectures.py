@@ -71,6 +71,7 @@ COMMON = {
     "initializer_range": 0.15,
     "bos_token_id": BOS,
     "eos_token_id": EOS,
+    "pad_token_id": None,  # some classes have one beyond this vocabulary
 }
 TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": None}  # the heads share the width
 TWO_FULL_HEADS = {**TWO_HEADS, "num_key_value_heads": None}  # a class without groups of heads
@@ -154,7 +155,8 @@ ARCHITECTURES = {
 def make_folder(architecture: TinyArchitecture, folder: Path) -> None:
     """Write model, configs and tokenizer."""
     torch.manual_seed(0)
-    settings = {name: value for name, value in {**COMMON, **architecture.config}.items() if value is not None}
+    left_out = {name for name, value in architecture.config.items() if value is None}
+    settings = {name: value for name, value in {**COMMON, **architecture.config}.items() if name not in left_out}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture.model_type, **settings))
     with torch.no_grad():
         for parameter in model.parameters():

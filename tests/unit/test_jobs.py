@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.job_submission import JobStatus
+from typer.testing import CliRunner
 
+from rlsys import cli
 from rlsys.actors import jobs
+from rlsys.actors.cluster import ray_cluster
 from rlsys.config.load import load_config
 from rlsys.config.presets import resolve
-from rlsys.config.schema import Config, RunSection, TrainSection
+from rlsys.config.schema import Config, RaySection, RunSection, TrainSection
 from rlsys.errors import ConfigError, RlsysError
 
 ADDRESS = "http://head:8265"
@@ -146,6 +150,15 @@ def test_an_address_where_nothing_answers_is_a_config_error(monkeypatch):
     assert "127.0.0.1:9" in refused.value.got and "ray start --head" in refused.value.remedy
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "no-port", "ray://127.0.0.1:9"])
+def test_a_cluster_that_cannot_be_joined_is_a_config_error_at_once(monkeypatch, address):
+    for variable in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):  # set for good otherwise
+        monkeypatch.setenv(variable, "0")
+    with pytest.raises(ConfigError) as refused, ray_cluster(RaySection(address=address), namespace="n"):
+        pass
+    assert address in refused.value.what and "RAY_AUTH_MODE=token" in refused.value.remedy
+
+
 @pytest.fixture
 def head(tmp_path) -> Iterator[Path]:
     """A head's folder of programs: a python3 that tells its process id and its words."""
@@ -213,7 +226,8 @@ def test_a_log_whose_connection_breaks_or_falls_silent_is_shown_whole_and_once(a
 @given(pieces=st.lists(st.lists(st.integers(0, 30), max_size=4), max_size=5))
 def test_a_log_is_shown_whole_and_once_however_it_is_cut(pieces: Sequence[Sequence[int]]):
     """Each inner list is one connection: where the pieces of its part of the log end."""
-    text, shown = "abcdefghijklmnopqrstuvwxyz", []
+    text = "abcdefghijklmnopqrstuvwxyz"
+    shown: list[str] = []
     log = jobs._Log(shown.append)
     for connection in pieces:
         end = 0
@@ -296,3 +310,21 @@ def test_runs_outside_of_a_jobs_folder_are_taken(tmp_path, monkeypatch):
     assert load_config(file, ["run.root=/shared/runs"]).run.root == Path("/shared/runs")
     monkeypatch.chdir(tmp_path)
     assert load_config(file).run.root == tmp_path / "runs"
+
+
+def test_submit_hands_on_the_resolved_config_and_every_option_and_exits_as_the_run_did(tmp_path, monkeypatch):
+    given: list[object] = []
+    monkeypatch.setattr(jobs, "submit_run", lambda config, **options: given.append((config, options)) or 130)
+    monkeypatch.chdir(tmp_path)
+    words = [str(config_file(tmp_path)), "run.name=mine", "--address", ADDRESS, "--retries", "2", "--resume"]
+    assert CliRunner().invoke(cli.app, ["submit", *words]).exit_code == 130
+    ((config, options),) = given
+    assert (config.run.root, config.run.name, config.algo.loss.name) == (tmp_path / "runs", "mine", "ppo_clip")
+    assert options == {"address": ADDRESS, "wait": True, "retries": 2, "resume": True}
+
+
+@pytest.mark.parametrize("word", ["rollout.max_stalness=1", "algo.correction={name: none}"])
+def test_a_config_that_cannot_work_is_never_sent(tmp_path, monkeypatch, word):
+    monkeypatch.setitem(sys.modules, "rlsys.actors.jobs", None)  # importing it, as sending needs, would raise
+    ended = CliRunner().invoke(cli.app, ["submit", str(config_file(tmp_path, root=str(tmp_path / "runs"))), word])
+    assert ended.exit_code == 2 and "remedy:" in ended.stderr
