@@ -11,6 +11,7 @@ import torch
 from jinja2 import TemplateError
 
 from rlsys.algo import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
+from rlsys.algo.rows import Scope, facts_of, inputs_of
 from rlsys.algo.trial import try_row
 from rlsys.config.schema import Config, Row
 from rlsys.errors import ConfigError
@@ -26,6 +27,13 @@ from rlsys.rollout.play import opening_tokens
 from rlsys.rollout.vllm_settings import refuse_owned_arguments
 from rlsys.train.deepspeed_config import deepspeed_config
 
+# inputs that the batcher and the learner hand to rows
+FED = frozenset(
+    {
+        *("policy_logprobs_T", "anchor_logprobs_T", "proximal_logprobs_T", "behaviour_logprobs_T", "advantages_T"),
+        *("mask_T", "segments", "rewards_S", "group_starts_G", "lengths_S"),
+    }
+)
 COMPARING_REWARDS = (EXACT_MATCH, "rlsys.reward.builtin:final_number", "rlsys.reward.math_answer:math_verify_score")
 
 
@@ -98,7 +106,32 @@ def check_rows(config: Config) -> dict[str, str]:
         ("loss", POLICY_LOSSES),
         ("correction", CORRECTIONS),
     )
-    return {key: check_row(f"algo.{key}", getattr(config.algo, key), table) for key, table in tables}
+    words = {key: check_row(f"algo.{key}", getattr(config.algo, key), table) for key, table in tables}
+    for key, table in tables:
+        check_row_can_be_fed(f"algo.{key}", table[getattr(config.algo, key).name])
+    return words
+
+
+def check_row_can_be_fed(key: str, function: Callable[..., Any]) -> None:
+    """The run has what the row looks at; else the loss would be another one than its name says."""
+    facts = facts_of(function)
+    missing = [name for name in inputs_of(function) if name not in FED | {"settled"}]
+    if missing:
+        why = f"inputs that a run does not produce yet: {', '.join(missing)}"
+    elif facts.scope is Scope.BATCH and key != "algo.advantage":
+        why = "statistics of the whole batch before its first microbatch, which the learner does not collect yet"
+    elif not facts.keeps_count:
+        why = "the count of the tokens that it leaves, before the first microbatch, which the learner does not know yet"
+    elif facts.aggregations and "token_mean" not in facts.aggregations:
+        why = f"the aggregation {' or '.join(facts.aggregations)}, while the learner takes the mean over tokens"
+    else:
+        return
+    raise ConfigError(
+        f"{key}.name",
+        got=f"{function.__name__}, which needs {why}",
+        wanted="a row that can be computed in a run",
+        remedy="call it from rlsys.algo, or choose another row",
+    )
 
 
 def check_row(key: str, row: Row, table: Mapping[str, Callable[..., Any]]) -> str:

@@ -151,6 +151,29 @@ def test_a_file_in_place_of_the_run_folder_is_refused(tmp_path):
 # --- the algorithm's tables
 
 
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ("algo.loss={name: clip_cov}", "token_draws_T"),
+        ("algo.loss={name: kl_cov}", "statistics of the whole batch"),
+        ("algo.loss={name: gspo}", "aggregation seq_mean_token_mean"),
+        ("algo.correction={name: veto}", "the count of the tokens that it leaves"),
+        ("algo.correction={name: m2po}", "statistics of the whole batch"),
+        ("algo.advantage={name: gae}", "values_T"),
+    ],
+)
+def test_a_row_that_the_learner_cannot_feed_is_refused_and_not_computed_in_part(row, why):
+    error = refused(references.check_rows, resolve(config_of(row)))
+    assert why in error.got and "rlsys.algo" in error.remedy
+
+
+@pytest.mark.parametrize("loss", ["dapo_clip", "cispo", "dppo_tv", "dual_clip"])
+@pytest.mark.parametrize("correction", ["aipo", "icepop", "mis", "importance"])
+def test_rows_of_tokens_and_sequences_can_be_combined(loss, correction):
+    config = resolve(config_of(f"algo.loss={{name: {loss}}}", f"algo.correction={{name: {correction}}}"))
+    assert references.check_rows(config)["loss"].startswith(loss)
+
+
 def test_rows_are_written_out_with_their_defaults():
     assert references.check_rows(config_of("algo.correction={name: tis, cap: 3}")) == {
         "advantage": "grpo(scale_by_std=True, eps=1e-06, unbiased=True)",
