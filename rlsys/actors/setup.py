@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -21,7 +21,7 @@ from rlsys.actors.inputs import Inputs
 from rlsys.actors.learner import LearnerActor, RayLearner
 from rlsys.actors.reward import RayRewardWorker, RewardActor
 from rlsys.actors.rollout import RayFleet, RolloutActor
-from rlsys.algo import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
+from rlsys.algo import ADVANTAGES, AGGREGATIONS, CORRECTIONS, POLICY_LOSSES
 from rlsys.batch.build import build
 from rlsys.batch.pack import pack
 from rlsys.batch.tensors import Batch
@@ -38,6 +38,7 @@ from rlsys.reward.load import is_async_reward, load_reward
 from rlsys.reward.pool import GRACE_S, RESTART_TIMEOUT_S, RewardPool
 from rlsys.rollout.play import PlaySpec
 from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
+from rlsys.train.objective import Objective
 from rlsys.weights.pool import SegmentPool
 
 SPARE_CALLS = 16  # of a rollout actor, beside its groups
@@ -138,11 +139,10 @@ def make_plan(config: Config) -> Plan:
 
 def make_batch(config: Config, inputs: Inputs, incarnation: int, groups: Sequence[RolloutGroup], step: int) -> Batch:
     """Advantages, then microbatches: what the learner is handed to train ``step``."""
-    name, parameters = _row(config.algo.advantage)
     oldest = first_trained_step(
         step=step, max_staleness=config.rollout.max_staleness, age_policy=config.rollout.age_policy
     )
-    samples = build(groups, advantage=partial(ADVANTAGES[name], **parameters), oldest_step=oldest or None)
+    samples = build(groups, advantage=_bound(ADVANTAGES, config.algo.advantage), oldest_step=oldest or None)
     return pack(
         samples,
         ranks=config.train.ranks,
@@ -184,15 +184,18 @@ def _rollout_actors(config: Config, inputs: Inputs, place: _Places) -> list[tupl
 
 
 def _learner_actors(config: Config, inputs: Inputs, place: _Places) -> list[Any]:
-    train = config.train
-    loss_name, loss_parameters = _row(config.algo.loss)
-    correction_name, correction_parameters = _row(config.algo.correction)
+    train, algo = config.train, config.algo
     arguments = {
         "model_path": inputs.model_path,
         "train": train,
         "temperature": config.rollout.temperature,
-        "loss": (POLICY_LOSSES[loss_name], loss_parameters),
-        "correction": (CORRECTIONS[correction_name], correction_parameters),
+        "objective": Objective(
+            loss=_bound(POLICY_LOSSES, algo.loss),
+            correction=_bound(CORRECTIONS, algo.correction),
+            rejections=tuple(_bound(CORRECTIONS, row) for row in algo.rejections or ()),
+            anchor=algo.anchor or "proximal",
+            aggregation=_bound(AGGREGATIONS, algo.aggregation),
+        ),
         "seed": config.run.seed,
     }
     environment = {"OMP_NUM_THREADS": str(max(1, int(train.cpus_per_rank))), "TOKENIZERS_PARALLELISM": "false"}
@@ -239,7 +242,8 @@ def _actor(
     return ray.remote(cls).options(runtime_env={"env_vars": environment or {}}, **options)
 
 
-def _row(row: Row | None) -> tuple[str, dict[str, Any]]:
+def _bound(table: Mapping[str, Callable[..., Any]], row: Row | None) -> Callable[..., Any]:
+    """The row's function with its parameters."""
     if row is None:
         raise ValueError("the preset must have filled in every row of algo before a run is built")
-    return row.name, row.params
+    return partial(table[row.name], **row.params) if row.params else table[row.name]

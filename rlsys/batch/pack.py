@@ -5,7 +5,9 @@ Legend: T tokens of one sample, R rows, L tokens of a row. The result depends on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -86,6 +88,13 @@ class _Layout:
         self._budget = tokens_per_microbatch
         self._pad_token_id = pad_token_id
         self._version = version
+        self._keys = [_key(sample.rollout_id, version) for sample in samples]
+        prompts = [sample.rollout_id.rpartition("/")[0] for sample in samples]
+        weighted = [int(np.count_nonzero(sample.weight_mask_T)) for sample in samples]
+        tokens_of: Counter[str] = Counter()
+        for prompt, number in zip(prompts, weighted, strict=True):
+            tokens_of[prompt] += number
+        self._prompt_tokens = [float(tokens_of[prompt]) for prompt in prompts]
 
     def deal(self, indices: Sequence[int], ranks: int) -> tuple[RankPart, ...]:
         """One optimizer step of the samples ``indices``: each rank's part.
@@ -147,11 +156,19 @@ class _Layout:
             behaviour_logprobs=torch.from_numpy(behaviour_logprobs),
             advantages=torch.from_numpy(advantages),
             on_policy_mask=torch.from_numpy(on_policy_mask),
+            keys_S=torch.tensor([self._keys[segment.sample] for segment in segments] or [0]),
+            prompt_tokens_S=torch.tensor([self._prompt_tokens[segment.sample] for segment in segments] or [0.0]),
             segments=tuple(segments),
         )
 
     def _num_tokens(self, row: Row) -> int:
         return sum(len(self._samples[index].token_ids_T) for index in row)
+
+
+def _key(rollout_id: str, version: Version) -> int:
+    """63 bits, the same in every process; another one at every step."""
+    digest = blake2b(f"{version}/{rollout_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def _check(sample: Sample, tokens_per_microbatch: int) -> None:

@@ -37,7 +37,9 @@ class Microbatch:
         behaviour_logprobs: float32 [R, L], nats.
         advantages: float32 [R, L].
         on_policy_mask: bool [R, L], weighted tokens sampled by the version that is trained.
-        segments: the samples in it; none in a microbatch that only keeps ranks in step.
+        keys_S: int64 [S], a key of each sample's rollout at this step, in the order of the positions that are 0.
+        prompt_tokens_S: float32 [S], weighted tokens of all samples of its prompt in the batch.
+        segments: the samples in it; none in a microbatch that only keeps ranks in step, and has one empty sequence.
     """
 
     token_ids: Tensor
@@ -46,6 +48,8 @@ class Microbatch:
     behaviour_logprobs: Tensor
     advantages: Tensor
     on_policy_mask: Tensor
+    keys_S: Tensor
+    prompt_tokens_S: Tensor
     segments: tuple[Segment, ...]
 
     def __post_init__(self) -> None:

@@ -58,14 +58,14 @@ def check_sections(config: Config, *, resume: bool = False) -> None:
 
 def check_staleness_is_corrected(config: Config) -> None:
     correction = config.algo.correction
-    uncorrected = correction is None or correction.name == "none"
+    uncorrected = (correction is None or correction.name == "none") and config.algo.anchor != "behaviour"
     if config.rollout.max_staleness > 0 and uncorrected and not config.algo.allow_uncorrected:
         raise ConfigError(
             "algo.correction",
             got=f"none, while rollout.max_staleness={config.rollout.max_staleness}",
             wanted="a correction for tokens that an older policy sampled",
-            remedy="set algo.correction={name: tis}, or rollout.max_staleness=0, or algo.allow_uncorrected=true if "
-            "uncorrected stale data is what you want",
+            remedy="set algo.correction={name: tis}, or algo.anchor=behaviour, or rollout.max_staleness=0, or "
+            "algo.allow_uncorrected=true if uncorrected stale data is what you want",
         )
 
 

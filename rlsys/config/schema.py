@@ -83,8 +83,13 @@ class RewardSection(Section):
     """Reward from which an answer counts as correct (accuracy and pass@k)."""
 
 
+Preset = Literal[
+    "grpo", "dr_grpo", "rloo", "gspo", "cispo", "sapo", "areal", "llamarl", "icepop", "opo", "lite_ppo", "gpg"
+]
+
+
 class AlgoSection(Section):
-    preset: Literal["grpo"] = "grpo"
+    preset: Preset = "grpo"
     """Named settings of the keys below; a key given explicitly wins."""
     advantage: Row | None = None
     """Row of ADVANTAGES."""
@@ -92,6 +97,12 @@ class AlgoSection(Section):
     """Row of POLICY_LOSSES."""
     correction: Row | None = None
     """Row of CORRECTIONS: the off-policy weight; ``{name: none}`` switches it off."""
+    rejections: tuple[Row, ...] | None = None
+    """Further rows of CORRECTIONS, that take tokens or sequences out, e.g. ``[{name: veto}]``."""
+    anchor: Literal["proximal", "behaviour"] | None = None
+    """Centre of the loss's trust region: the learner before the batch, or the engine that sampled."""
+    aggregation: Row | None = None
+    """Row of AGGREGATIONS: how the losses of tokens become one number."""
     allow_uncorrected: bool = False
     """Train stale data without a correction all the same."""
 

@@ -16,6 +16,7 @@ class Found:
 
     Attributes:
         rows: table rows with every parameter written out, e.g. ``{"correction": "tis(cap=2.0)"}``.
+        is_ratio_loss: whether the loss's trust region acts only away from its anchor.
         source: the questions.
         longest_prompt_tokens: of all questions, as the rollout engines get them (chat template included).
         pad_token_id: fills what is empty in a microbatch.
@@ -23,6 +24,7 @@ class Found:
     """
 
     rows: dict[str, str]
+    is_ratio_loss: bool
     source: PromptSource
     longest_prompt_tokens: int
     pad_token_id: int
@@ -57,7 +59,7 @@ def of_references(config: Config, found: Found) -> list[str]:
         f"sequences: at most {found.longest_prompt_tokens} prompt + {config.rollout.max_tokens} sampled = {sequence} "
         f"tokens; a microbatch of {config.train.tokens_per_microbatch} holds "
         f"{config.train.tokens_per_microbatch // sequence} of that length",
-        *_objective(config, found.rows),
+        *_objective(config, found.rows, found.is_ratio_loss),
     ]
 
 
@@ -126,17 +128,20 @@ def _evaluation(config: Config) -> str:
     return f"evaluation: greedy, {when}; pass@k for k = {at} from {config.eval.samples} samples, before and after"
 
 
-def _objective(config: Config, rows: dict[str, str]) -> list[str]:
-    loss = f"{rows['loss']} at the proximal anchor"
+def _objective(config: Config, rows: dict[str, str], is_ratio_loss: bool) -> list[str]:
+    anchor = config.algo.anchor
+    loss = f"{rows['loss']} at the {anchor} anchor"
     correction = "" if rows["correction"].startswith("none(") else f"{rows['correction']} x "
+    rejections = [words for key, words in rows.items() if key.startswith("rejections")]
     lines = [
-        f"objective: sum over tokens of {correction}{loss}, advantages {rows['advantage']}, divided by their count"
+        f"objective: {rows['aggregation']} of {correction}{loss}, advantages {rows['advantage']}"
+        + (f", without what {' or '.join(rejections)} takes out" if rejections else "")
     ]
-    if config.train.steps_per_batch == 1 and "clip" in rows["loss"]:
+    if config.train.steps_per_batch == 1 and anchor == "proximal" and is_ratio_loss:
         lines.append(
-            "with one optimizer step a batch the clip never acts: policy and anchor are equal when the gradient is "
-            "taken, so the loss is REINFORCE" + (" x the correction" if correction else "")
+            "with one optimizer step a batch the loss's trust region never acts: policy and anchor are equal when the "
+            "gradient is taken, so the loss is REINFORCE" + (" x the correction" if correction else "")
         )
-    if config.rollout.max_staleness > 0 and not correction:
+    if config.rollout.max_staleness > 0 and not correction and anchor == "proximal":
         lines.append("stale tokens are trained without a correction, as algo.allow_uncorrected says")
     return lines

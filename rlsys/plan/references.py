@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from rlsys.algo import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
-from rlsys.algo.rows import Scope, facts_of, inputs_of
+from rlsys.algo import ADVANTAGES, AGGREGATIONS, CORRECTIONS, POLICY_LOSSES
+from rlsys.algo.rows import facts_of, inputs_of
 from rlsys.algo.trial import try_row
 from rlsys.config.schema import Config, Row
 from rlsys.errors import ConfigError
@@ -31,7 +31,8 @@ from rlsys.train.deepspeed_config import deepspeed_config
 FED = frozenset(
     {
         *("policy_logprobs_T", "anchor_logprobs_T", "proximal_logprobs_T", "behaviour_logprobs_T", "advantages_T"),
-        *("mask_T", "segments", "rewards_S", "group_starts_G", "lengths_S"),
+        *("mask_T", "segments", "token_draws_T", "prompt_tokens_S", "settled"),
+        *("rewards_S", "group_starts_G", "lengths_S"),
     }
 )
 COMPARING_REWARDS = (EXACT_MATCH, "rlsys.reward.builtin:final_number", "rlsys.reward.math_answer:math_verify_score")
@@ -59,6 +60,7 @@ def check_references(config: Config) -> Found:
     check_token_budget(config, longest, model.max_positions)
     return Found(
         rows=rows,
+        is_ratio_loss=facts_of(POLICY_LOSSES[_row(config.algo.loss).name]).is_ratio_loss,
         source=PromptSource(data, seed=config.run.seed, max_requeues=config.data.max_requeues),
         longest_prompt_tokens=longest,
         # padding carries no weight, so that any token will do
@@ -101,37 +103,69 @@ def check_rows(config: Config) -> dict[str, str]:
     Returns:
         Each row in words, defaults included.
     """
-    tables: tuple[tuple[str, Mapping[str, Callable[..., Any]]], ...] = (
-        ("advantage", ADVANTAGES),
-        ("loss", POLICY_LOSSES),
-        ("correction", CORRECTIONS),
-    )
-    words = {key: check_row(f"algo.{key}", getattr(config.algo, key), table) for key, table in tables}
-    for key, table in tables:
-        check_row_can_be_fed(f"algo.{key}", table[getattr(config.algo, key).name])
+    algo = config.algo
+    given: list[tuple[str, Row | None, Mapping[str, Callable[..., Any]]]] = [
+        ("advantage", algo.advantage, ADVANTAGES),
+        ("loss", algo.loss, POLICY_LOSSES),
+        ("correction", algo.correction, CORRECTIONS),
+        *((f"rejections.{place}", row, CORRECTIONS) for place, row in enumerate(algo.rejections or ())),
+        ("aggregation", algo.aggregation, AGGREGATIONS),
+    ]
+    words = {}
+    for key, row, table in given:
+        words[key] = check_row(f"algo.{key}", _row(row), table)
+        check_row_can_be_fed(f"algo.{key}", table[_row(row).name])
+    check_rows_fit(config)
     return words
 
 
 def check_row_can_be_fed(key: str, function: Callable[..., Any]) -> None:
     """The run has what the row looks at; else the loss would be another one than its name says."""
-    facts = facts_of(function)
-    missing = [name for name in inputs_of(function) if name not in FED | {"settled"}]
-    if missing:
-        why = f"inputs that a run does not produce yet: {', '.join(missing)}"
-    elif facts.scope is Scope.BATCH and key != "algo.advantage":
-        why = "statistics of the whole batch before its first microbatch, which the learner does not collect yet"
-    elif not facts.keeps_count:
-        why = "the count of the tokens that it leaves, before the first microbatch, which the learner does not know yet"
-    elif facts.aggregations and "token_mean" not in facts.aggregations:
-        why = f"the aggregation {' or '.join(facts.aggregations)}, while the learner takes the mean over tokens"
-    else:
-        return
-    raise ConfigError(
-        f"{key}.name",
-        got=f"{function.__name__}, which needs {why}",
-        wanted="a row that can be computed in a run",
-        remedy="call it from rlsys.algo, or choose another row",
-    )
+    missing = [name for name in inputs_of(function) if name not in FED]
+    if missing or facts_of(function).gives != "rollout":
+        raise ConfigError(
+            f"{key}.name",
+            got=f"{function.__name__}, which needs what a run does not produce yet: "
+            + (", ".join(missing) or f"advantages by {facts_of(function).gives}"),
+            wanted="a row that can be computed in a run",
+            remedy="call it from rlsys.algo, or choose another row",
+        )
+
+
+def check_rows_fit(config: Config) -> None:
+    """Rows that together silently do nothing, or another thing than their names say, are refused."""
+    algo = config.algo
+    loss, aggregation = _row(algo.loss).name, _row(algo.aggregation).name
+    facts = facts_of(POLICY_LOSSES[loss])
+    if facts.aggregations and aggregation not in facts.aggregations:
+        raise ConfigError(
+            "algo.aggregation",
+            got=f"{aggregation} with the loss {loss}",
+            wanted=f"{' or '.join(facts.aggregations)}, as that loss is defined",
+            remedy=f"set algo.aggregation={{name: {facts.aggregations[0]}}}, or choose another loss",
+        )
+    if facts.anchor is not None and algo.anchor != facts.anchor:
+        raise ConfigError(
+            "algo.anchor",
+            got=f"{algo.anchor} with the loss {loss}",
+            wanted=f"{facts.anchor}, as that loss is defined",
+            remedy=f"set algo.anchor={facts.anchor}",
+        )
+    for place, row in enumerate(algo.rejections or ()):
+        if facts_of(CORRECTIONS[row.name]).keeps_count:
+            rejecting = ", ".join(name for name, function in CORRECTIONS.items() if not facts_of(function).keeps_count)
+            raise ConfigError(
+                f"algo.rejections.{place}.name",
+                got=f"{row.name}, which weighs tokens and rejects none",
+                wanted=f"one of {rejecting}",
+                remedy="give it as algo.correction instead",
+            )
+
+
+def _row(row: Row | None) -> Row:
+    """A row of a resolved config: the preset has filled it in where it was open."""
+    assert row is not None
+    return row
 
 
 def check_row(key: str, row: Row, table: Mapping[str, Callable[..., Any]]) -> str:

@@ -10,7 +10,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlsys.algo.aggregation import token_mean
 from rlsys.algo.measures import Mean, Measure, merge
-from rlsys.algo.objective import policy_objective
-from rlsys.algo.segments import Segments
+from rlsys.algo.objective import RowsSettled
 from rlsys.batch.tensors import Microbatch, RankBatch, RankPart
 from rlsys.config.schema import TrainSection
 from rlsys.errors import Diverged
@@ -31,8 +31,7 @@ from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.export import full_weights
 from rlsys.train.logprobs import TokenLogprobs, token_logprobs
 from rlsys.train.model import load_model, save_model
-
-BoundRow = tuple[Callable[..., Any], Mapping[str, Any]]  # a row of a table, and its parameters
+from rlsys.train.objective import Objective, row_inputs
 
 
 class LearnerRank:
@@ -45,8 +44,7 @@ class LearnerRank:
         model_path: Hugging Face folder.
         train: its section of the configuration.
         temperature: what the engines sample with; logits are divided by it.
-        loss: row of POLICY_LOSSES and its parameters.
-        correction: row of CORRECTIONS and its parameters.
+        objective: what is minimised.
         seed: of torch's generator.
         threads: CPU threads of this rank; None means OMP_NUM_THREADS, or torch's default without it.
     """
@@ -57,8 +55,7 @@ class LearnerRank:
         model_path: str,
         train: TrainSection,
         temperature: float,
-        loss: BoundRow,
-        correction: BoundRow,
+        objective: Objective,
         seed: int,
         threads: int | None = None,
     ) -> None:
@@ -69,8 +66,7 @@ class LearnerRank:
         self._model_path = model_path
         self._train = train
         self._temperature = temperature
-        self._loss = functools.partial(loss[0], **loss[1])
-        self._correction = functools.partial(correction[0], **correction[1])
+        self._objective = objective
         self._device = "cuda" if train.gpus_per_rank > 0 else "cpu"
         self._deepspeed = parallel.load_deepspeed(self._device)
         self._engine: Any = None
@@ -134,19 +130,24 @@ class LearnerRank:
         """Train one batch, one optimizer step per part. Returns the metrics, equal on every rank (times excepted).
 
         The proximal policy is the one before the first step. For the first part it is the detached training forward:
-        exact, and free. For the others it is a forward of their own before the first step, then frozen.
+        exact, and free, unless the objective looks ahead. For the others it is a forward of their own before the first
+        step, then frozen.
 
         Raises:
             Diverged: on every rank alike, before the weights take up a loss or gradient that is not finite.
         """
         began = time.perf_counter()
-        later = [[self._no_grad_logprobs(mb) for mb in part.microbatches] for part in batch.parts[1:]]
+        is_free = not self._objective.looks_ahead
+        proximal: list[list[Tensor] | None] = [
+            None if is_free and part is batch.parts[0] else [self._no_grad_logprobs(mb) for mb in part.microbatches]
+            for part in batch.parts
+        ]
         measures: dict[str, Measure] = {}
         grad_norms = []
         learning_rate = 0.0
-        for part, proximal in zip(batch.parts, [None, *later], strict=True):
+        for part, part_proximal in zip(batch.parts, proximal, strict=True):
             learning_rate = self._engine.get_lr()[0]
-            own, grad_norm = self._train_part(part, proximal, batch.version)
+            own, grad_norm = self._train_part(part, part_proximal, batch.version, is_first=part is batch.parts[0])
             measures = merge(measures, own)
             grad_norms.append(grad_norm)
         return {
@@ -188,16 +189,17 @@ class LearnerRank:
         return [rows[row, :length].copy() for row, length in enumerate(lengths)]
 
     def _train_part(
-        self, part: RankPart, proximal: Sequence[Tensor] | None, version: Version
+        self, part: RankPart, proximal: Sequence[Tensor] | None, version: Version, *, is_first: bool
     ) -> tuple[dict[str, Measure], float]:
         """One optimizer step. Returns its measures and its gradient norm (before clipping)."""
-        scale = self._world_size / part.num_weighted_tokens  # DeepSpeed averages gradients over the ranks
+        count, settled = self._look_ahead(part, proximal, is_first)
+        scale = self._world_size / count  # DeepSpeed averages gradients over the ranks
         measures: dict[str, Measure] = {}
         is_finite = True
         last = len(part.microbatches) - 1
         for index, microbatch in enumerate(part.microbatches):
             self._engine.set_gradient_accumulation_boundary(index == last)
-            loss_sum, own = self._objective(microbatch, None if proximal is None else proximal[index])
+            loss_sum, own = self._train_microbatch(microbatch, None if proximal is None else proximal[index], settled)
             is_finite = is_finite and bool(torch.isfinite(loss_sum))
             self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
             measures = merge(measures, own)
@@ -221,23 +223,39 @@ class LearnerRank:
             raise self._diverged("the gradient norm", version)
         return norm
 
-    def _objective(self, microbatch: Microbatch, proximal: Tensor | None) -> tuple[Tensor, dict[str, Measure]]:
-        mask_T = microbatch.weight_mask.to(self._device).reshape(-1)
-        positions_T = microbatch.position_ids.to(self._device).reshape(-1)
+    def _look_ahead(
+        self, part: RankPart, proximal: Sequence[Tensor] | None, is_first: bool
+    ) -> tuple[float, RowsSettled | None]:
+        """The count that the step's sum is divided by, and what rows of batch scope settle on."""
+        if self._objective.aggregation is token_mean and not self._objective.looks_ahead:
+            return float(part.num_weighted_tokens), None
+        inputs = [
+            row_inputs(microbatch, None if proximal is None else proximal[index], self._device)
+            for index, microbatch in enumerate(part.microbatches)
+        ]
+        count = self._objective.count(inputs, self._device)
+        if not self._objective.has_statistics:
+            return count, None
+        for microbatch, own in zip(part.microbatches, inputs, strict=True):
+            if self._objective.looks_at_policy:  # before the first step it is the proximal policy itself
+                own["policy_logprobs_T"] = (
+                    own["proximal_logprobs_T"] if is_first else self._no_grad_logprobs(microbatch).reshape(-1)
+                )
+        return count, self._objective.settle(inputs, self._device)
+
+    def _train_microbatch(
+        self, microbatch: Microbatch, proximal: Tensor | None, settled: RowsSettled | None
+    ) -> tuple[Tensor, dict[str, Measure]]:
         current = self._forward(microbatch.token_ids, microbatch.position_ids, self._temperature)
-        policy_T = current.logprobs.reshape(-1)
-        objective = policy_objective(
-            policy_logprobs_T=policy_T,
-            proximal_logprobs_T=policy_T.detach() if proximal is None else proximal.reshape(-1),
-            behaviour_logprobs_T=microbatch.behaviour_logprobs.to(self._device).reshape(-1),
-            advantages_T=microbatch.advantages.to(self._device).reshape(-1),
-            mask_T=mask_T,
-            on_policy_mask_T=microbatch.on_policy_mask.to(self._device).reshape(-1),
-            segments=Segments(torch.nonzero(positions_T == 0).squeeze(1), positions_T.numel()),
-            loss=self._loss,
-            correction=self._correction,
+        logprobs = current.logprobs
+        inputs = row_inputs(microbatch, logprobs.detach() if proximal is None else proximal, self._device)
+        on_policy_mask_T = microbatch.on_policy_mask.to(self._device).reshape(-1)
+        objective = self._objective.of(
+            settled,
+            on_policy_mask_T,
+            {**inputs, "policy_logprobs_T": logprobs.reshape(-1)},
         )
-        entropy = Mean.of(current.entropy.reshape(-1), mask_T)
+        entropy = Mean.of(current.entropy.reshape(-1), inputs["mask_T"])
         return objective.loss_sum, {**objective.measures, "actor/entropy": entropy}
 
     def _no_grad_logprobs(self, microbatch: Microbatch) -> Tensor:

@@ -10,9 +10,11 @@ import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from rlsys.algo.measures import Measure
 
@@ -72,6 +74,20 @@ def on_any_rank(flag: bool, device: str) -> bool:
     flags = torch.tensor([float(flag)], device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())
+
+
+def total(numbers: Tensor, device: str) -> Tensor:
+    """The sum over all ranks, of a tensor that has the same shape on each."""
+    result = numbers.detach().to(device, copy=True)
+    dist.all_reduce(result, op=dist.ReduceOp.SUM)
+    return result.to(numbers.device)
+
+
+def gathered(numbers: Tensor) -> Tensor:
+    """The numbers of all ranks one after another, of 1-D tensors that may differ in length."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, numbers.detach().cpu())
+    return torch.cat(parts).to(numbers.device)
 
 
 def reduce(measures: Mapping[str, Measure], device: str) -> dict[str, float]:

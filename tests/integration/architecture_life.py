@@ -10,9 +10,11 @@ import multiprocessing as mp
 import os
 import socket
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from time import perf_counter
@@ -27,6 +29,7 @@ from rlsys.algo.corrections import tis
 from rlsys.algo.losses import ppo_clip
 from rlsys.batch.build import build
 from rlsys.batch.pack import pack
+from rlsys.batch.tensors import RankBatch
 from rlsys.config.schema import TrainSection
 from rlsys.envs.single_turn import SingleTurn
 from rlsys.records import Draw, LoadReport, Probe, Prompt, Rollout, RolloutGroup, Version, WeightVersion
@@ -35,12 +38,14 @@ from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
 from rlsys.weights.owner import end_with_owner
 from rlsys.weights.probe import probe_sequences
 from rlsys.weights.segment import SegmentWriter, segment_path
+from tests.integration.tiny_architectures import MAX_POSITIONS
 
 DEADLINE_S = 240.0
-PROMPTS = ("1 + 2 =", "What is larger, four or seven?")
+# the second is so much longer that two rollouts of the first share a row of its length
+PROMPTS = ("1+2=", "Which one is the larger, four or seven? Write it as one word: ok")
 GROUP_SIZE = 6
-MAX_TOKENS = 40
-TOKENS_PER_MICROBATCH = 256  # several microbatches; short rollouts share rows
+MAX_TOKENS = 32
+TOKENS_PER_MICROBATCH = 256  # several microbatches
 LEARNING_RATE = 2e-2  # Adam: so much does every weight move in a step
 
 
@@ -53,6 +58,7 @@ class Life:
         before, after: rollouts sampled under version 0 and under version 2.
         learner_logprobs: the learner's at version 2 of the rollouts of ``after``.
         metrics: of the two training steps.
+        num_shared_rows: rows of a training step that hold several rollouts.
         probes: at version 0 and at version 2.
     """
 
@@ -61,6 +67,7 @@ class Life:
     after: list[Rollout]
     learner_logprobs: list[np.ndarray]
     metrics: list[dict[str, float]]
+    num_shared_rows: int
     probes: tuple[Probe, Probe]
 
 
@@ -132,7 +139,7 @@ async def _life(folder: Path, saved: Path, zero_stage: int) -> Life:
         VllmSettings(
             model=str(folder),
             dtype="float32",
-            max_model_len=96,
+            max_model_len=MAX_POSITIONS,
             slots=16,
             seed=0,
             start_timeout_s=DEADLINE_S,
@@ -144,7 +151,8 @@ async def _life(folder: Path, saved: Path, zero_stage: int) -> Life:
         first = publisher.publish(0)
         loads = [await engine.load_weights(first)]
         groups = await _play(engine, tokenizer, step=0)
-        metrics = [publisher.learner.step(_batch(groups, step)) for step in (0, 1)]
+        batches = [_batch(groups, step) for step in (0, 1)]
+        metrics = [publisher.learner.step(batch) for batch in batches]
         second = publisher.publish(2, previous=first.probe)
         loads.append(await engine.load_weights(second))
         after = _rollouts(await _play(engine, tokenizer, step=2))
@@ -159,6 +167,7 @@ async def _life(folder: Path, saved: Path, zero_stage: int) -> Life:
         after=after,
         learner_logprobs=logprobs,
         metrics=metrics,
+        num_shared_rows=_num_shared_rows(batches[0]),
         probes=(first.probe, second.probe),
     )
 
@@ -168,13 +177,13 @@ class _Publisher:
 
     def __init__(self, folder: Path, zero_stage: int) -> None:
         from rlsys.train.learner import LearnerRank
+        from rlsys.train.objective import Objective
 
         self.learner = LearnerRank(
             model_path=str(folder),
             train=TrainSection(zero_stage=zero_stage, lr=LEARNING_RATE, timeout_s=60.0),
             temperature=1.0,
-            loss=(ppo_clip, {}),
-            correction=(tis, {"cap": 2.0}),
+            objective=Objective(loss=ppo_clip, correction=partial(tis, cap=2.0)),
             seed=0,
             threads=1,
         )
@@ -230,7 +239,7 @@ class _WallClock:
         await asyncio.sleep(seconds)
 
 
-def _batch(groups: Sequence[RolloutGroup], step: int) -> Any:
+def _batch(groups: Sequence[RolloutGroup], step: int) -> RankBatch:
     """Rewards 0, 1, 0, 1 ... in each group."""
     scored = [
         replace(
@@ -247,6 +256,12 @@ def _batch(groups: Sequence[RolloutGroup], step: int) -> Any:
         pad_token_id=0,
         version=Version(incarnation=0, step=step),
     ).for_rank(0)
+
+
+def _num_shared_rows(batch: RankBatch) -> int:
+    microbatches = [microbatch for part in batch.parts for microbatch in part.microbatches]
+    rows = Counter((index, segment.row) for index, mb in enumerate(microbatches) for segment in mb.segments)
+    return sum(held > 1 for held in rows.values())
 
 
 def _rollouts(groups: Sequence[RolloutGroup]) -> list[Rollout]:

@@ -6,8 +6,9 @@ import multiprocessing as mp
 import os
 import socket
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from rlsys.batch.tensors import RankBatch
 from rlsys.config.schema import TrainSection
 from rlsys.errors import Diverged
 from rlsys.records import NOT_SAMPLED, Draw, Prompt, Rollout, RolloutGroup, StopReason, Version
+from rlsys.train.objective import Objective
 
+OBJECTIVE = Objective(loss=ppo_clip, correction=partial(tis, cap=2.0))
 VOCABULARY = 128
 TEMPERATURE = 0.7
 DEADLINE_S = 180.0
@@ -104,7 +107,7 @@ def train_rank(
     model_path: str,
     train: TrainSection,
     batches: Sequence[RankBatch],
-    loss: tuple[Callable[..., Any], Mapping[str, Any]] = (ppo_clip, {}),
+    objective: Objective = OBJECTIVE,
     probe: Sequence[np.ndarray] = (),
     save_to: str | None = None,
 ) -> Outcome:
@@ -115,8 +118,7 @@ def train_rank(
         model_path=model_path,
         train=train,
         temperature=TEMPERATURE,
-        loss=loss,
-        correction=(tis, {"cap": 2.0}),
+        objective=objective,
         seed=0,
         threads=1,
     )

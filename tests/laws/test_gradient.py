@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,13 +16,15 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from rlsys.algo import AGGREGATIONS, CORRECTIONS, POLICY_LOSSES
 from rlsys.algo.advantages import grpo
 from rlsys.algo.losses import TokenLosses, ppo_clip
 from rlsys.batch.build import build
 from rlsys.batch.pack import pack
 from rlsys.batch.tensors import Microbatch, RankBatch, RankPart
 from rlsys.records import RolloutGroup, Sample, Version
-from tests.laws.learner_ranks import TEMPERATURE, Outcome, Ranks, make_groups, make_model, section
+from rlsys.train.objective import Objective
+from tests.laws.learner_ranks import OBJECTIVE, TEMPERATURE, Outcome, Ranks, make_groups, make_model, section
 
 VERSION = Version(incarnation=0, step=7)
 OLDEST_STEP = 6  # one step back: tokens of step 5 lose their weight
@@ -113,7 +116,8 @@ def padded_rows(samples: Sequence[Sample]) -> RankBatch:
 
     names = ("token_ids", "weight_mask", "behaviour_logprobs", "advantages", "on_policy_mask")
     positions = torch.arange(length).repeat(len(single), 1)
-    rows = Microbatch(**{name: stack(name) for name in names}, position_ids=positions, segments=())
+    of_samples = {name: torch.cat([getattr(mb, name) for mb in single]) for name in ("keys_S", "prompt_tokens_S")}
+    rows = Microbatch(**{name: stack(name) for name in names}, **of_samples, position_ids=positions, segments=())
     part = RankPart(microbatches=(rows,), num_weighted_tokens=int(rows.weight_mask.sum()))
     return RankBatch(version=VERSION, parts=(part,), num_tokens=0)
 
@@ -152,6 +156,52 @@ def test_gradient_does_not_depend_on_budget_ranks_or_zero_stage(
         assert metrics["actor/pg_loss"] == pytest.approx(loss, rel=1e-5)
         assert metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-5)
         assert metrics["actor/ppo_kl"] == 0.0
+
+
+KINDS_OF_ROWS = {
+    "sequence loss": Objective(
+        loss=POLICY_LOSSES["gspo"], correction=CORRECTIONS["tis"], aggregation=AGGREGATIONS["seq_mean_token_mean"]
+    ),
+    "batch loss, by chance": Objective(
+        loss=partial(POLICY_LOSSES["clip_cov"], share=0.1), correction=CORRECTIONS["tis"]
+    ),
+    "batch loss": Objective(loss=partial(POLICY_LOSSES["kl_cov"], share=0.1), correction=CORRECTIONS["icepop"]),
+    "batch correction": Objective(loss=POLICY_LOSSES["ppo_clip"], correction=CORRECTIONS["normalised_tis"]),
+    "rejection": Objective(
+        loss=POLICY_LOSSES["cispo"],
+        correction=CORRECTIONS["none"],
+        rejections=(partial(CORRECTIONS["reject_k2"], high=0.5), CORRECTIONS["veto"]),
+        anchor="behaviour",
+        aggregation=AGGREGATIONS["seq_mean_token_sum"],
+    ),
+    "prompts": Objective(
+        loss=POLICY_LOSSES["reinforce"], correction=CORRECTIONS["aipo"], aggregation=AGGREGATIONS["prompt_mean"]
+    ),
+    "a constant": Objective(
+        loss=POLICY_LOSSES["reinforce"],
+        correction=CORRECTIONS["tis"],
+        aggregation=partial(AGGREGATIONS["constant"], tokens=100),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_ROWS)
+def test_gradient_of_every_kind_of_rows_is_the_same_in_any_layout(ranks, model_path, samples, kind):
+    """Two optimizer steps, so that the second one is off its anchor; stages and budgets vary with the ranks."""
+    gradients, metrics = [], []
+    for world_size, zero_stage, budget in ((1, 0, 4096), (1, 0, 64), (2, 2, 64), (2, 3, 150)):
+        outcomes = ranks.run(
+            world_size,
+            packed(samples, world_size, budget, steps=2),
+            model_path=model_path,
+            train=section(zero_stage, world_size, lr=1.0, steps_per_batch=2),
+            objective=KINDS_OF_ROWS[kind],
+        )
+        gradients.append(gradient_of(outcomes[0], lr=1.0))
+        metrics.append(outcomes[0].metrics[0])
+    for gradient, measured in zip(gradients[1:], metrics[1:], strict=True):
+        assert relative_difference(gradient, gradients[0]) <= 10 * EXACT
+        assert measured["actor/pg_loss"] == pytest.approx(metrics[0]["actor/pg_loss"], rel=1e-3, abs=1e-6)
 
 
 def test_gradient_does_not_depend_on_rows_shared_or_padded(ranks, model_path, groups, samples):
@@ -220,7 +270,7 @@ def test_gradient_that_is_not_finite_stops_every_rank_before_the_weights_change(
         packed(samples, 2, 64),
         model_path=model_path,
         train=section(zero_stage, 2),
-        loss=(loss_with_poisoned_gradient, {}),
+        objective=replace(OBJECTIVE, loss=loss_with_poisoned_gradient),
     )
     for outcome in outcomes:
         assert outcome.diverged is not None and outcome.diverged.startswith("the gradient norm is not finite at step 8")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from rlsys.errors import CheckpointDamaged, CheckpointFailed, ConfigError
 from rlsys.records import Version
 from rlsys.train.checkpoint import Layout, check_layout, saved_layout
 from rlsys.train.learner import LearnerRank
+from rlsys.train.objective import Objective
 from tests.laws.learner_ranks import DEADLINE_S, TEMPERATURE, make_groups, make_model, section
 
 pytestmark = pytest.mark.engines
@@ -72,8 +74,7 @@ def live(
         model_path=model_path,
         train=train,
         temperature=TEMPERATURE,
-        loss=(ppo_clip, {}),
-        correction=(tis, {"cap": 2.0}),
+        objective=Objective(loss=ppo_clip, correction=partial(tis, cap=2.0)),
         seed=11 + rank,
         threads=1,
     )

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +29,7 @@ from rlsys.rollout.play import PlaySpec
 from rlsys.sim.fleet import SimCheckpoints, SimDisk, SimFleet
 from rlsys.sim.world import RecordingSink
 from rlsys.train.learner import LearnerRank
+from rlsys.train.objective import Objective
 from rlsys.weights.pool import SegmentPool
 from tests.laws import synchronous_reference as reference
 from tests.laws.learner_ranks import make_model
@@ -179,8 +181,7 @@ def rank(tmp_path):
         model_path=folder,
         train=TrainSection(lr=LR, max_grad_norm=0.0),
         temperature=1.0,
-        loss=(POLICY_LOSSES["ppo_clip"], {}),
-        correction=(CORRECTIONS["tis"], {"cap": reference.CAP}),
+        objective=Objective(loss=POLICY_LOSSES["ppo_clip"], correction=partial(CORRECTIONS["tis"], cap=reference.CAP)),
         seed=SEED,
         threads=1,
     )

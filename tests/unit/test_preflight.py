@@ -7,8 +7,8 @@ import pytest
 
 from rlsys.config import checks
 from rlsys.config.load import apply_overrides, dump_config
-from rlsys.config.presets import resolve
-from rlsys.config.schema import Config
+from rlsys.config.presets import PRESETS, resolve
+from rlsys.config.schema import Config, Row
 from rlsys.errors import ConfigError
 from rlsys.plan import facts, references
 from rlsys.plan.preflight import preflight
@@ -152,19 +152,40 @@ def test_a_file_in_place_of_the_run_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "why"),
+    ("rows", "what", "got"),
     [
-        ("algo.loss={name: clip_cov}", "token_draws_T"),
-        ("algo.loss={name: kl_cov}", "statistics of the whole batch"),
-        ("algo.loss={name: gspo}", "aggregation seq_mean_token_mean"),
-        ("algo.correction={name: veto}", "the count of the tokens that it leaves"),
-        ("algo.correction={name: m2po}", "statistics of the whole batch"),
-        ("algo.advantage={name: gae}", "values_T"),
+        (["algo.loss={name: vapo_clip}"], "algo.loss.name", "correct_T"),
+        (["algo.advantage={name: gae}"], "algo.advantage.name", "values_T"),
+        (["algo.advantage={name: turn_grpo}"], "algo.advantage.name", "turn_rewards_U"),
+        (["algo.loss={name: gspo}"], "algo.aggregation", "token_mean with the loss gspo"),
+        (["algo.loss={name: topr}"], "algo.anchor", "proximal with the loss topr"),
+        (["algo.rejections=[{name: veto}, {name: tis}]"], "algo.rejections.1.name", "rejects none"),
+        (["algo.aggregation={name: constant}"], "algo.aggregation.tokens", "nothing"),
+        (["algo.rejections=[{name: reject_k2, hihg: 3}]"], "algo.rejections.0.hihg", "no such parameter"),
     ],
 )
-def test_a_row_that_the_learner_cannot_feed_is_refused_and_not_computed_in_part(row, why):
-    error = refused(references.check_rows, resolve(config_of(row)))
-    assert why in error.got and "rlsys.algo" in error.remedy
+def test_rows_that_cannot_be_computed_or_do_not_fit_together_are_refused(rows, what, got):
+    error = refused(references.check_rows, resolve(config_of(*rows)))
+    assert error.what == what and got in error.got and error.remedy
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_passes_the_checks_and_is_told_in_words(name):
+    config = resolve(config_of(f"algo.preset={name}", "rollout.max_staleness=2", "train.steps_per_batch=2"))
+    checks.check_staleness_is_corrected(config)
+    text = "\n".join(facts.of_references(config, found_of(config)))
+    assert f"at the {config.algo.anchor} anchor" in text and "trained without a correction" not in text
+
+
+def test_dr_grpo_divides_by_the_longest_answer_allowed():
+    config = resolve(config_of("algo.preset=dr_grpo", "rollout.max_tokens=77"))
+    assert config.algo.aggregation == Row(name="seq_mean_token_sum_norm", max_tokens=77)
+
+
+def test_the_behaviour_anchor_stands_for_a_correction_of_stale_tokens():
+    config = config_of("algo.correction={name: none}", "rollout.max_staleness=1")
+    assert "algo.anchor=behaviour" in refused(checks.check_staleness_is_corrected, resolve(config)).remedy
+    checks.check_staleness_is_corrected(resolve(apply_overrides(config, ["algo.anchor=behaviour"])))
 
 
 @pytest.mark.parametrize("loss", ["dapo_clip", "cispo", "dppo_tv", "dual_clip"])
@@ -179,6 +200,7 @@ def test_rows_are_written_out_with_their_defaults():
         "advantage": "grpo(scale_by_std=True, eps=1e-06, unbiased=True)",
         "loss": "ppo_clip(eps_low=0.2, eps_high=0.2)",
         "correction": "tis(cap=3)",
+        "aggregation": "token_mean()",
     }
 
 
@@ -280,6 +302,7 @@ def found_of(config: Config) -> facts.Found:
     data = LoadedData(name="test", split=Split(train=questions[:160], held_out=questions[160:]))
     return facts.Found(
         rows=references.check_rows(config),
+        is_ratio_loss=config.algo.loss.name != "reinforce",
         source=PromptSource(data, seed=0, max_requeues=0),
         longest_prompt_tokens=6,
         pad_token_id=0,
@@ -291,7 +314,7 @@ def test_the_objective_is_told_in_words():
     config = config_of("rollout.max_tokens=4", "train.tokens_per_microbatch=25", "run.steps=5")
     text = "\n".join(facts.of_references(config, found_of(config)))
     assert "tis(cap=2.0) x ppo_clip(eps_low=0.2, eps_high=0.2) at the proximal anchor" in text
-    assert "the clip never acts" in text and "REINFORCE x the correction" in text
+    assert "the loss's trust region never acts" in text and "REINFORCE x the correction" in text
     assert "6 prompt + 4 sampled = 10 tokens" in text and "holds 2 of that length" in text
     assert "one epoch is 10.0 batches, the run draws 0.50 epochs" in text
 
