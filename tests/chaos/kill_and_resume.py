@@ -26,7 +26,7 @@ import psutil
 from rlsys.observe.lineage import check_exactly_once
 
 TAG = "RLSYS_CHAOS_TAG"  # in the environment of every process that descends from a run
-GONE_WITHIN_S = 30.0
+GONE_WITHIN_S = 90.0  # agents of Ray look for their parent once in a while
 END_WITHIN_S = 600.0
 STEPS, PROMPTS, GROUP = 12, 4, 4
 SHM = Path("/dev/shm")
