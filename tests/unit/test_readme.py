@@ -6,17 +6,22 @@ from pathlib import Path
 
 import yaml
 
-from rlsys.config.load import load_config
-from rlsys.config.presets import resolve
-from rlsys.config.schema import Row
+from rlsys.config.load import apply_overrides, load_config
+from rlsys.config.presets import PRESETS, resolve
+from rlsys.config.schema import Config, Row
 from rlsys.plan.preflight import preflight
+from rlsys.plan.references import check_rows
 from rlsys.prompts.tasks import make_task
 
 README = Path(__file__).parents[2] / "README.md"
 
 
+def blocks_of(kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
 def test_the_first_run_of_your_own_passes_the_checks(tmp_path, monkeypatch):
-    blocks = dict(re.findall(r"^```(json|python|yaml)\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE))
+    blocks = {kind: blocks_of(kind)[0] for kind in ("json", "python", "yaml")}
     monkeypatch.chdir(tmp_path)
     question = json.loads(blocks["json"])
     rows = [{**question, "prompt": f"{question['prompt']} {number}"} for number in range(300)]
@@ -28,6 +33,16 @@ def test_the_first_run_of_your_own_passes_the_checks(tmp_path, monkeypatch):
     found = preflight(resolve(load_config("my_run.yaml", ["model.path=tiny"]))).found
 
     assert (found.source.num_train, found.source.num_eval) == (200, 100)
+
+
+def test_the_rows_and_presets_of_the_algorithm_that_it_names_exist():
+    algo = blocks_of("yaml")[1]
+    assert algo.startswith("algo:")
+    words = [f"algo.{key}={json.dumps(value)}" for key, value in yaml.safe_load(algo)["algo"].items()]
+    check_rows(resolve(apply_overrides(Config(), words)))
+    text = README.read_text()
+    named = text[text.index("`algo.preset` names") : text.index("Each key can be set by itself")]
+    assert set(re.findall(r"`(\w+)`", named)) == set(PRESETS)
 
 
 def test_the_generated_tasks_it_names_exist():
