@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from math import comb
+from math import comb, nan
 
 from rlsys.controller.parts import Parts
 from rlsys.controller.plan import Plan
@@ -23,7 +23,7 @@ class EvalReport:
 
     Attributes:
         source: where the questions come from.
-        accuracy: share of the scored answers that are correct.
+        accuracy: share of the scored answers that are correct; NaN where none was scored.
         pass_at: k to unbiased pass@k.
         num_scored, num_lost: answers; lost ones (a failed reward, a dead engine) count neither way.
         oldest, newest: versions that sampled the answers.
@@ -91,7 +91,7 @@ async def evaluate(
     ]
     return EvalReport(
         source=prompts[0].draw.source,
-        accuracy=sum(map(sum, correct_by_group)) / num_scored if num_scored else 0.0,
+        accuracy=sum(map(sum, correct_by_group)) / num_scored if num_scored else nan,
         pass_at={k: _mean_pass_at(correct_by_group, k) for k in pass_at},
         num_scored=num_scored,
         num_lost=sum(len(group.dropped) for group in groups),
@@ -102,7 +102,7 @@ async def evaluate(
 
 def _mean_pass_at(correct_by_group: Sequence[Sequence[bool]], k: int) -> float:
     estimates = [pass_at_k(len(correct), sum(correct), k) for correct in correct_by_group if len(correct) >= k]
-    return sum(estimates) / len(estimates) if estimates else 0.0
+    return sum(estimates) / len(estimates) if estimates else nan
 
 
 class Evaluator:

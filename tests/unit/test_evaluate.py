@@ -1,4 +1,5 @@
 import asyncio
+import math
 from itertools import combinations
 
 import pytest
@@ -37,3 +38,13 @@ def test_a_lost_answer_counts_neither_way():
     assert (report.num_scored, report.num_lost) == (3, 1)
     assert report.pass_at == {1: pytest.approx(0.75), 2: pytest.approx(1.0)}
     assert (report.oldest, report.newest) == (Version(incarnation=0, step=3), Version(incarnation=0, step=5))
+
+
+def test_an_evaluation_of_which_every_answer_was_lost_has_no_accuracy_and_not_one_of_zero():
+    async def lose(prompt):
+        group = make_group(prompt.draw.index, [[0], [0]])
+        return group.drop({rollout.rollout_id: DropCause.REWARD_ERROR for rollout in group.rollouts})
+
+    report = asyncio.run(evaluate([make_prompt(0), make_prompt(1)], lose, correct_at=1.0, pass_at=(1,)))
+    assert math.isnan(report.accuracy) and math.isnan(report.pass_at[1])
+    assert (report.num_scored, report.num_lost) == (0, 4)
