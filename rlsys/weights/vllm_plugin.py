@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -150,4 +152,6 @@ def repack_experts(model: torch.nn.Module) -> None:
             experts.process_weights_after_loading(module)
 
 
+# Its own lock is a semaphore in shared memory, made when weights are loaded, and left behind where the worker is killed.
+tqdm.set_lock(threading.RLock())
 WeightTransferEngineFactory.register_engine(BACKEND, ShmWeightTransferEngine)

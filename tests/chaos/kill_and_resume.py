@@ -2,8 +2,8 @@
 
     python -m tests.chaos.kill_and_resume --kills 20 --seed 0
 
-Each kill is a SIGKILL of the driver. After it every process of the run must end, and no weight segment may be left in
-shared memory. A run is resumed until it ends by itself; then every draw must have been trained once (law 5).
+Each kill is a SIGKILL of the driver. After it every process of the run must end, and nothing of it may be left in shared
+memory. A run is resumed until it ends by itself; then every draw must have been trained once (law 5).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Run:
     config: Path
     tag: str
     output: Path
+    others: frozenset[Path]  # what lay in shared memory before
 
     def start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "rlsys", "train", str(self.config), "--resume"]
@@ -59,8 +61,13 @@ class Run:
     def processes(self) -> list[psutil.Process]:
         return [process for process in psutil.process_iter() if _environment(process).get(TAG) == self.tag]
 
-    def segments(self) -> list[Path]:
-        return sorted(SHM.glob(f"rlsys@{self.folder.name}@*"))
+    def shared_memory(self) -> list[Path]:
+        """What the run left there: weight segments, and semaphores that nobody holds any more."""
+        semaphores = [path for path in SHM.glob("sem.*") if path not in self.others]
+        held = _held_inodes() if semaphores else set()
+        return sorted(SHM.glob(f"rlsys@{self.folder.name}@*")) + [
+            path for path in semaphores if path.exists() and path.stat().st_ino not in held
+        ]
 
     def result(self) -> dict[str, object]:
         return json.loads((self.folder / "result.json").read_text())
@@ -71,7 +78,13 @@ def make_run(root: Path, name: str, model: str) -> Run:
     config.write_text(
         CONFIG.format(name=name, root=root, model=model, steps=STEPS, prompts=PROMPTS, group=GROUP), encoding="utf-8"
     )
-    return Run(folder=root / name, config=config, tag=f"{name}-{os.getpid()}", output=root / f"{name}.out")
+    return Run(
+        folder=root / name,
+        config=config,
+        tag=f"{name}-{os.getpid()}",
+        output=root / f"{name}.out",
+        others=frozenset(SHM.iterdir()),
+    )
 
 
 def kill_once(run: Run, chance: random.Random) -> str | None:
@@ -97,7 +110,9 @@ def kill_once(run: Run, chance: random.Random) -> str | None:
     wait_until(
         lambda: not run.processes(), GONE_WITHIN_S, f"the processes of {run.tag} to end", lambda: str(run.processes())
     )
-    wait_until(lambda: not run.segments(), GONE_WITHIN_S, "shared memory to be freed", lambda: str(run.segments()))
+    wait_until(
+        lambda: not run.shared_memory(), GONE_WITHIN_S, "shared memory to be freed", lambda: str(run.shared_memory())
+    )
     return _tail(run.output, 1)
 
 
@@ -115,7 +130,7 @@ def check(run: Run) -> None:
     assert result["rollouts"] == STEPS * PROMPTS * GROUP, result
     assert [row["step"] for row in _rows(run.folder / "metrics.jsonl")] == list(range(1, STEPS + 1))
     wait_until(lambda: not run.processes(), GONE_WITHIN_S, "the processes of the finished run to end")
-    assert not run.segments()
+    assert not run.shared_memory()
 
 
 def main(kills: int, seed: int, model: str) -> None:
@@ -144,6 +159,16 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return {} if process.status() == psutil.STATUS_ZOMBIE else process.environ()
     except (psutil.Error, OSError):  # it ended meanwhile, or is another user's
         return {}
+
+
+def _held_inodes() -> set[int]:
+    """Files in shared memory that a process has mapped. (A semaphore is mapped under another name than its file's.)"""
+    held = set()
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.Error):
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+            held |= {int(line.split()[4]) for line in maps.splitlines() if str(SHM) in line}
+    return held
 
 
 def _trains(run: Run, seen_before: int) -> bool:
