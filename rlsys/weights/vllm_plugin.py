@@ -152,6 +152,6 @@ def repack_experts(model: torch.nn.Module) -> None:
             experts.process_weights_after_loading(module)
 
 
-# Its own lock is a semaphore in shared memory, made when weights are loaded, and left behind where the worker is killed.
+# Its own lock is a semaphore in shared memory: made when weights are loaded, left behind where the worker is killed.
 tqdm.set_lock(threading.RLock())
 WeightTransferEngineFactory.register_engine(BACKEND, ShmWeightTransferEngine)

@@ -2,7 +2,7 @@
 
     python -m tests.chaos.kill_and_resume --kills 20 --seed 0
 
-Each kill is a SIGKILL of the driver. After it every process of the run must end, and nothing of it may be left in shared
+Each kill is a SIGKILL of the driver. After it every process of the run must end, and nothing of it may stay in shared
 memory. A run is resumed until it ends by itself; then every draw must have been trained once (law 5).
 """
 

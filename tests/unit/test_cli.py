@@ -124,10 +124,8 @@ def test_check_prints_the_resolved_tree_and_what_follows_from_it(tmp_path, monke
     result = invoke("check", "a.yaml", "run.name=mine")
     assert result.exit_code == 0, result.output
     assert "name: mine" in result.stdout and "name: ppo_clip" in result.stdout
-    assert (
-        f"- run folder: {tmp_path}/runs/mine" in result.stdout
+    assert f"- run folder: {tmp_path}/runs/mine" in result.stdout
     assert "the loss's trust region never acts" in result.stdout
-    )
     assert list(tmp_path.iterdir()) == [tmp_path / "a.yaml"]
 
 
