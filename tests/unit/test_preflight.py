@@ -300,6 +300,7 @@ def test_the_lead_bound_is_eta_plus_one_batches():
 def found_of(config: Config) -> facts.Found:
     questions = tuple(Question(content=str(number), answer=None, fields={}) for number in range(170))
     data = LoadedData(name="test", split=Split(train=questions[:160], held_out=questions[160:]))
+    assert config.algo.loss is not None
     return facts.Found(
         rows=references.check_rows(config),
         is_ratio_loss=config.algo.loss.name != "reinforce",
