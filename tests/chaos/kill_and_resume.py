@@ -24,12 +24,12 @@ from pathlib import Path
 
 import psutil
 
-from rlsys.observe.lineage import check_exactly_once
+from rlsys.observe.lineage import check_exactly_once, last_version
 
 TAG = "RLSYS_CHAOS_TAG"  # in the environment of every process that descends from a run
 GONE_WITHIN_S = 90.0  # agents of Ray look for their parent once in a while
 END_WITHIN_S = 600.0
-STEPS, PROMPTS, GROUP = 12, 4, 4
+STEPS, PROMPTS, GROUP = 40, 4, 4
 SHM = Path("/dev/shm")
 CONFIG = """
 run: {{name: {name}, root: {root}, steps: {steps}}}
@@ -38,7 +38,7 @@ data: {{task: {{name: reversed_sum}}, eval_questions: 20}}
 rollout: {{max_staleness: 1, group_size: {group}, max_tokens: 6, slots: 64}}
 train: {{prompts_per_batch: {prompts}, lr: 1.0e-4}}
 eval: {{every_steps: 5}}
-checkpoint: {{every_steps: 3}}
+checkpoint: {{every_steps: 5}}
 ray: {{dashboard: false}}
 """
 
@@ -113,7 +113,8 @@ def kill_once(run: Run, chance: random.Random) -> str | None:
     wait_until(
         lambda: not run.shared_memory(), GONE_WITHIN_S, "shared memory to be freed", lambda: str(run.shared_memory())
     )
-    return _tail(run.output, 1)
+    trained = last_version(run.folder / "commits.jsonl")
+    return f"in {'its training' if in_training else 'its start'}, last trained version {trained or 'none'}"
 
 
 def finish(run: Run) -> None:
@@ -140,11 +141,11 @@ def main(kills: int, seed: int, model: str) -> None:
         for number in range(kills + 1):
             run = make_run(Path(folder), f"run-{number}", model)
             while done < kills:
-                last_line = kill_once(run, chance)
-                if last_line is None:
+                moment = kill_once(run, chance)
+                if moment is None:
                     break
                 done += 1
-                print(f"kill {done:2d}, {run.folder.name}: {last_line[:100]}", flush=True)
+                print(f"kill {done:2d}, {run.folder.name}: {moment}", flush=True)
                 if chance.random() < 0.4:  # the others are killed again while they are on their way
                     break
             finish(run)

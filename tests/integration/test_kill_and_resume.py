@@ -41,5 +41,5 @@ def test_an_interrupted_run_ends_in_a_checkpoint_and_goes_on_in_the_same_incarna
     steps = run.result()["steps"]
     assert [path.name for path in (run.folder / "checkpoints").glob(f"step_{steps}")] == [f"step_{steps}"]
     finish(run)
-    assert '"version": "0.12"' in (run.folder / "commits.jsonl").read_text()
+    assert '"version": "0.40"' in (run.folder / "commits.jsonl").read_text()
     check(run)
