@@ -1,10 +1,12 @@
 """Every kind of wrong input to the loader, and what comes of right input."""
 
+from typing import get_args
+
 import pytest
 
 from rlsys.config.load import apply_overrides, config_keys, dump_config, load_config, nearest_key
 from rlsys.config.presets import PRESETS, resolve
-from rlsys.config.schema import AlgoSection, Config, Row
+from rlsys.config.schema import AlgoSection, Config, Preset, Row
 from rlsys.errors import ConfigError
 
 YAML = """\
@@ -209,5 +211,6 @@ def test_a_preset_fills_the_rows_left_open_and_no_other():
 
 def test_every_preset_of_the_schema_names_every_row():
     rows = {key.rpartition(".")[2] for key, field in config_keys() if key.startswith("algo.") and "Row" in str(field)}
-    assert rows == {"advantage", "loss", "correction"}
-    assert all(set(preset) == rows for preset in PRESETS.values())
+    assert rows == {"advantage", "loss", "correction", "rejections", "aggregation"}
+    assert all(set(preset) == rows | {"anchor"} for preset in PRESETS.values())
+    assert set(get_args(Preset)) == set(PRESETS)
