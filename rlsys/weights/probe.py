@@ -19,9 +19,9 @@ NUM_TOKENS = 48  # a short context and a longer one in every sequence, at the pr
 # Mean absolute difference in nats that is still arithmetic noise, by the engine's dtype.
 # float32: rounding gives about 1e-7 (tiny models) to 1e-5 (135M parameters); 1e-4 is the bound stated for engine and
 #   learner everywhere in rlsys.
-# bfloat16: 8 bits of mantissa in weights and activations of engine and learner give 0.07 to 0.09 on a 135M model that is
-#   trained in bfloat16, whatever is served; 0.2 leaves a factor of two. So in bfloat16 a probe tells apart only versions
-#   that differ by more than 0.2 nats a token.
+# bfloat16: 8 bits of mantissa in weights and activations of engine and learner give 0.07 to 0.09 on a 135M model
+#   that is trained in bfloat16, whatever is served; 0.2 leaves a factor of two. So in bfloat16 a probe tells apart
+#   only versions that differ by more than 0.2 nats a token.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
 
 

@@ -125,9 +125,9 @@ def test_staleness_zero_is_on_policy_in_order_and_equals_a_plain_loss(tmp_path, 
     recorded = []
     make_batch = setup.make_batch
 
-    def recording(config, inputs, groups, step):
+    def recording(config, inputs, incarnation, groups, step):
         recorded.append((step, groups))
-        return make_batch(config, inputs, groups, step)
+        return make_batch(config, inputs, incarnation, groups, step)
 
     monkeypatch.setattr(setup, "make_batch", recording)
     result = rlsys.train(path)
