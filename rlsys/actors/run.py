@@ -147,7 +147,7 @@ async def _stop(config: Config, built: Built, sink: RunSink) -> None:
             await built.fleet.stop()
             await built.learner.stop(config.run.name)
     except (RlsysError, TimeoutError) as error:  # the run is over; the cluster's end takes what is left
-        sink.event(f"not everything stopped in order: {error}")
+        sink.event(f"not everything stopped in order: {str(error) or type(error).__name__}")
 
 
 def _open_sink(config: Config, folder: RunFolder, terminal: TextIO, start: Start) -> RunSink:
