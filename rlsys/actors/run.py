@@ -111,7 +111,7 @@ async def _drive(
         status, failure = INTERRUPTED, "interrupted at once"
     finally:
         if built is not None:
-            await _stop(config, built, sink)
+            await _stop_parts(config, built, sink)
         remove_segments(config.run.name)  # also where the learner, whose they are, can no longer do it
     figures = built.loops.summary() if built is not None else {}
     return RunResult(exit=status, folder=folder.path, figures=figures, failure=failure)
@@ -141,7 +141,7 @@ class _Stop:
         self.loops.stopping.set()
 
 
-async def _stop(config: Config, built: Built, sink: RunSink) -> None:
+async def _stop_parts(config: Config, built: Built, sink: RunSink) -> None:
     try:
         async with asyncio.timeout(STOP_TIMEOUT_S):
             await built.fleet.stop()

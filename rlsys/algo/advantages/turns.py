@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlsys.algo.advantages.group import groups_of, grpo
+from rlsys.algo.advantages.group import grpo
 from rlsys.algo.rows import Need, RowFacts, Scope, row
 from rlsys.algo.segments import Segments
 
@@ -103,7 +103,6 @@ def gigpo(
 
     Arguments and result as in ``turn_grpo``; ``rewards_S`` are the rewards of whole rollouts.
     """
-    groups_of(rewards_S, group_starts_G)
     rollout_S = grpo(rewards_S, group_starts_G, scale_by_std=scale_by_std, eps=eps)
     step_U = turn_grpo(
         turn_rewards_U,

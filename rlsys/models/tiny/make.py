@@ -13,17 +13,16 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from rlsys.errors import RlsysError
+from rlsys.models.folder import write_folder
 from rlsys.models.tiny import model as model_file
 from rlsys.models.tiny import warmup as warmup_file
 from rlsys.models.tiny.model import make_random_model, make_tokenizer
 from rlsys.models.tiny.warmup import Progress, Recipe, lesson_questions, render_lessons, warm_up
 from rlsys.prompts import question, split, tasks
 
-TIED_HEAD = "lm_head.weight"  # the embedding itself: not written a second time
 BAND = (1 / 3, 1 / 2)  # accuracy that leaves reinforcement learning something to build on, and something to learn
 ATTEMPTS = 3  # random initialisations tried until one ends in the band; the first one nearly always does
 RECIPE_SOURCES = (model_file, warmup_file, question, split, tasks)
@@ -77,7 +76,8 @@ def make_tiny(
             model, steps, accuracy = _warmed_up(tokenizer, seed, task, recipe or Recipe(), progress)
         else:
             model, steps, accuracy = make_random_model(tokenizer), 0, None
-    _write(model, tokenizer, out)
+    model.config.architectures = [type(model).__name__]
+    write_folder(out, model, model.config, model.generation_config, tokenizer)
     return TinySummary(
         path=out,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -136,17 +136,6 @@ def _warmed_up(
         f"{', '.join(f'{accuracy:.2f}' for accuracy in accuracies)} of the answers right, wanted a third to a half: "
         "try another seed"
     )
-
-
-def _write(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """By hand rather than by ``save_pretrained`` of the model, which shows a progress bar and imports DeepSpeed."""
-    out.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != TIED_HEAD}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(out)
-    model.generation_config.save_pretrained(out)
-    tokenizer.save_pretrained(out)
 
 
 def _rename_unless_there(unfinished: Path, folder: Path) -> None:
