@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from rlsys.bench import BENCHES
 from rlsys.errors import CONFIG_ERROR, DONE, FAILED, INTERRUPTED, ConfigError, RlsysError
 
 app = typer.Typer(
@@ -99,6 +100,18 @@ def make_model(
     _exit_with(lambda: _make_model(kind, out, seed))
 
 
+_BENCHES = "; ".join(f"{name}: {what}" for name, what in BENCHES.items())
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"{_BENCHES}.")],
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures and the machine there.")] = None,
+) -> None:
+    """Measure a part of the system on this machine."""
+    _exit_with(lambda: _bench(name, json))
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()
@@ -142,6 +155,20 @@ def _make_model(kind: str, out: Path, seed: int) -> int:
 
         make_smollm2(out)
     typer.echo(f"made {out}")
+    return DONE
+
+
+def _bench(name: str, json: Path | None) -> int:
+    from rlsys.bench.report import run_bench, write_report
+
+    if json is not None and (json.is_dir() or not json.parent.is_dir()):
+        raise ConfigError(
+            f"--json {json}", got="no file can be there", wanted="a file in a folder that exists", remedy="name another"
+        )
+    report = run_bench(name)
+    typer.echo(report.table)
+    if json is not None:
+        write_report(json, name, report)
     return DONE
 
 

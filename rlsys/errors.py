@@ -68,6 +68,10 @@ class LearnerFailed(RlsysError):
     """A learner rank died or hung; the group of ranks cannot go on."""
 
 
+class TeacherFailed(RlsysError):
+    """The teacher's actor or its engine died or hung, or it answers none of the requests; the run cannot go on."""
+
+
 class CheckpointFailed(RlsysError):
     """A checkpoint could not be written (for example because the disk is full). The ones before it still stand."""
 

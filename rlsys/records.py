@@ -85,6 +85,9 @@ class DropCause(Enum):
     REWARD_TIMEOUT = "reward_timeout"  # the reward function passed its deadline
     REWARD_CRASH = "reward_crash"  # the process of the reward function died
     GROUP_TOO_SMALL = "group_too_small"  # fewer than two rollouts of its group were left
+    TEACHER_FAILED = "teacher_failed"  # the teacher gave no log-probabilities of its tokens
+    BASELINE = "baseline"  # a greedy rollout: its reward is its group's baseline, and it is never trained
+    FILTERED = "filtered"  # a row of algo.selection took it out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +153,27 @@ class Turn:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherScores:
+    """What a teacher model says of a rollout's tokens, at temperature 1. K: candidates at each place, the likeliest
+    tokens of the teacher, likeliest first; 0 where only what stands there counts.
+
+    Attributes:
+        logprobs_T: float32 [T], nats, of the tokens that stand there; 0 at the first one, which nothing predicts.
+        candidate_ids_TK: int32 [T, K].
+        candidate_logprobs_TK: float32 [T, K], nats.
+    """
+
+    logprobs_T: NDArray[np.float32]
+    candidate_ids_TK: NDArray[np.int32]
+    candidate_logprobs_TK: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        shape, other = self.candidate_ids_TK.shape, self.candidate_logprobs_TK.shape
+        if shape != other or len(shape) != 2 or self.logprobs_T.shape != shape[:1]:
+            raise ValueError(f"teacher scores differ in shape: {self.logprobs_T.shape}, {shape} and {other}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One conversation: prompt, sampled and environment tokens in one row, token-aligned.
 
@@ -163,7 +187,11 @@ class Rollout:
         completion: the text of the last answer, without special tokens.
         stop_reason: why it ended.
         reward: None means not scored yet.
-        reward_parts: named parts of the reward (metrics), empty where the function gave none.
+        reward_parts: named parts of the reward, empty where the function gave none.
+        turn_rewards: one for each turn; None where the function rewards the whole alone.
+        token_rewards: one for each sampled token; None likewise.
+        shaped_by: what rows of algo.shaping added: ``reward`` less this is the score that the function gave.
+        teacher: None where the run has no teacher, or it has not answered yet.
         engine: name of the engine that sampled it.
         seconds: wall seconds from its first request to its end.
     """
@@ -180,6 +208,10 @@ class Rollout:
     seconds: float
     reward: float | None = None
     reward_parts: Mapping[str, float] = field(default_factory=dict)
+    turn_rewards: tuple[float, ...] | None = None
+    token_rewards: tuple[float, ...] | None = None
+    shaped_by: float = 0.0
+    teacher: TeacherScores | None = None
 
     def __post_init__(self) -> None:
         _check_aligned(self.token_ids_T, self.loss_mask_T, self.behaviour_logprobs_T, self.versions_T)
@@ -187,6 +219,13 @@ class Rollout:
     @property
     def num_sampled_tokens(self) -> int:
         return int(np.count_nonzero(self.versions_T != NOT_SAMPLED))
+
+    @property
+    def turn_ends(self) -> NDArray[np.int64]:
+        """Index of the last sampled token of each turn, ascending. Between two turns stand tokens of the environment,
+        at least those that open the next answer."""
+        sampled_T = self.versions_T != NOT_SAMPLED
+        return np.flatnonzero(sampled_T & ~np.append(sampled_T[1:], False))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,12 +247,16 @@ class RolloutGroup:
         rollouts: the members that still stand.
         dropped: members lost so far, with their causes.
         dropped_rewards: rewards of those members that were dropped after scoring.
+        dropped_parts: the parts of each of these rewards.
+        greedy_reward: of the greedy rollout; None where none was asked for, or it is not scored yet.
     """
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     dropped: tuple[DroppedRollout, ...] = ()
     dropped_rewards: tuple[float, ...] = ()
+    dropped_parts: tuple[Mapping[str, float], ...] = ()
+    greedy_reward: float | None = None
 
     @property
     def group_id(self) -> str:
@@ -232,6 +275,7 @@ class RolloutGroup:
     def drop(self, causes: Mapping[str, DropCause], detail: str = "") -> RolloutGroup:
         """This group without the named rollouts (rollout id to cause); their rewards stay in the baseline."""
         lost = [rollout for rollout in self.rollouts if rollout.rollout_id in causes]
+        scored = [rollout for rollout in lost if rollout.reward is not None]
         return replace(
             self,
             rollouts=tuple(rollout for rollout in self.rollouts if rollout.rollout_id not in causes),
@@ -241,7 +285,8 @@ class RolloutGroup:
                 for rollout in lost
             ),
             dropped_rewards=self.dropped_rewards
-            + tuple(rollout.reward for rollout in lost if rollout.reward is not None),
+            + tuple(rollout.reward for rollout in scored if rollout.reward is not None),
+            dropped_parts=self.dropped_parts + tuple(rollout.reward_parts for rollout in scored),
         )
 
 
@@ -251,7 +296,11 @@ class Sample:
 
     Attributes:
         weight_mask_T: bool, the tokens that carry weight in the gradient (loss mask less tokens cut for age).
-        advantages_T: float32, 0 where ``weight_mask_T`` is False.
+        advantages_T: float32, 0 where ``weight_mask_T`` is False, and everywhere where the learner works them out.
+        rewards_T: float32, the rewards on the tokens that earned them.
+        greedy_reward: of its group's greedy rollout; 0 where there is none.
+        is_correct: whether its score says that the answer is right.
+        teacher: None where the run has no teacher.
     """
 
     rollout_id: str
@@ -260,11 +309,14 @@ class Sample:
     behaviour_logprobs_T: NDArray[np.float32]
     advantages_T: NDArray[np.float32]
     versions_T: NDArray[np.int64]
+    rewards_T: NDArray[np.float32]
+    greedy_reward: float
+    is_correct: bool
+    teacher: TeacherScores | None
 
     def __post_init__(self) -> None:
-        _check_aligned(
-            self.token_ids_T, self.weight_mask_T, self.behaviour_logprobs_T, self.advantages_T, self.versions_T
-        )
+        per_token = (self.weight_mask_T, self.behaviour_logprobs_T, self.advantages_T, self.versions_T, self.rewards_T)
+        _check_aligned(self.token_ids_T, *per_token)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

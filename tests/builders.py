@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from rlsys.records import NOT_SAMPLED, Draw, Prompt, Rollout, RolloutGroup, StopReason, Version
+from rlsys.reward.result import Completion
 
 
 def make_prompt(index: int = 0, attempt: int = 0) -> Prompt:
@@ -49,6 +50,16 @@ def make_group(
             make_rollout(f"{prompt.group_id}/{member}", steps, reward=reward)
             for member, (steps, reward) in enumerate(zip(steps_by_rollout, rewards, strict=True))
         ),
+    )
+
+
+def make_completion(text: str, *turns: Sequence[int]) -> Completion:
+    """What a reward function is asked about. ``turns``: the sampled tokens of each; none is one turn of one token."""
+    turns = turns or ((0,),)
+    return Completion(
+        text=text,
+        token_ids=tuple(token_id for turn in turns for token_id in turn),
+        turn_lengths=tuple(map(len, turns)),
     )
 
 

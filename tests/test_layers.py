@@ -21,7 +21,7 @@ LAYERS = (
     {"rollout", "train", "models"},
     {"controller"},
     {"actors"},
-    {"sim", "plan"},
+    {"sim", "plan", "bench"},
     {"cli", "__init__"},
     {"__main__"},
 )

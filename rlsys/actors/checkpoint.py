@@ -107,6 +107,7 @@ def _write_state(state: RunState, folder: Path) -> None:
         "groups_trained": state.groups_trained,
         "dropped": {cause.value: number for cause, number in state.dropped.items()},
         "given_up": state.given_up,
+        "filtered": state.filtered,
         "totals": state.totals,
         "groups": groups,
     }
@@ -127,6 +128,7 @@ def _read_state(folder: Path, source: PromptSource) -> RunState:
             groups_trained=plain["groups_trained"],
             dropped={DropCause(cause): number for cause, number in plain["dropped"].items()},
             given_up=plain["given_up"],
+            filtered=plain["filtered"],
             totals=plain["totals"],
         )
     except (OSError, ValueError, KeyError, IndexError) as error:

@@ -85,7 +85,8 @@ def check_resources(config: Config) -> None:
         return
     held = "; ".join(f"{machine.get('CPU', 0.0):g} CPUs, {machine.get('GPU', 0.0):g} GPUs" for machine in machines)
     raise ConfigError(
-        what=f"a machine for {config.rollout.replicas} rollout replicas and {config.train.ranks} learner ranks",
+        what=f"a machine for {config.rollout.replicas} rollout replicas, {config.train.ranks} learner ranks"
+        + (" and a teacher" if config.teacher.path is not None else ""),
         got=f"{len(machines)} in the cluster, with {held}",
         wanted=f"one with {asked['CPU']:g} CPUs and {asked['GPU']:g} GPUs",
         remedy="lower rollout.replicas or train.ranks, or the share of each (rollout.cpus_per_replica, "
@@ -94,11 +95,12 @@ def check_resources(config: Config) -> None:
 
 
 def bundles(config: Config) -> list[dict[str, float]]:
-    """Resources of every rollout engine, then of every learner rank."""
-    rollout, train = config.rollout, config.train
+    """Resources of every rollout engine, then of every learner rank, then of the teacher."""
+    rollout, train, teacher = config.rollout, config.train, config.teacher
     engine = _bundle(rollout.cpus_per_replica, rollout.gpus_per_replica)
     rank = _bundle(train.cpus_per_rank, train.gpus_per_rank)
-    return [engine] * rollout.replicas + [rank] * train.ranks
+    teachers = [_bundle(teacher.cpus, teacher.gpus)] if teacher.path is not None else []
+    return [engine] * rollout.replicas + [rank] * train.ranks + teachers
 
 
 def reserve(config: Config) -> PlacementGroup:

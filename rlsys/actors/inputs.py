@@ -17,6 +17,7 @@ class Inputs:
         pad_token_id: fills rows of a microbatch; carries no weight.
         reward_path: import path of the reward function.
         source: the questions.
+        teacher_path, critic_path: local folders of these models; None where the config names none.
     """
 
     model_path: str
@@ -24,3 +25,5 @@ class Inputs:
     pad_token_id: int
     reward_path: str
     source: PromptSource
+    teacher_path: str | None = None
+    critic_path: str | None = None

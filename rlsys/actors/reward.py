@@ -9,7 +9,7 @@ import ray
 
 from rlsys.actors.remote import answer
 from rlsys.records import Prompt
-from rlsys.reward.result import Outcome, WorkerDied
+from rlsys.reward.result import Completion, Outcome, WorkerDied
 
 
 class RewardActor:
@@ -27,7 +27,7 @@ class RewardActor:
     def ready(self) -> None:
         """Answers once the process is up and the function imported."""
 
-    def score(self, prompt: Prompt, completions: list[str]) -> list[Outcome]:
+    def score(self, prompt: Prompt, completions: list[Completion]) -> list[Outcome]:
         from rlsys.reward.call import score_members
 
         return score_members(self._function, prompt, completions, self._timeout_s)
@@ -48,7 +48,7 @@ class RayRewardWorker:
     async def ready(self) -> None:
         await answer(self._actor.ready.remote(), self._name, WorkerDied)
 
-    async def score(self, prompt: Prompt, completions: list[str]) -> list[Outcome]:
+    async def score(self, prompt: Prompt, completions: list[Completion]) -> list[Outcome]:
         return await answer(self._actor.score.remote(prompt, completions), self._name, WorkerDied)
 
     async def restart(self) -> None:

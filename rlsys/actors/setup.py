@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -13,6 +13,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlsys.actors.algorithm import advantage_of, critic_of, min_compared, needs_of, objective_of, selector_of
 from rlsys.actors.buffer import BufferActor, RayBuffer
 from rlsys.actors.checkpoint import RunCheckpoints, Start
 from rlsys.actors.clock import WallClock
@@ -21,13 +22,14 @@ from rlsys.actors.inputs import Inputs
 from rlsys.actors.learner import LearnerActor, RayLearner
 from rlsys.actors.reward import RayRewardWorker, RewardActor
 from rlsys.actors.rollout import RayFleet, RolloutActor
-from rlsys.algo import ADVANTAGES, AGGREGATIONS, CORRECTIONS, POLICY_LOSSES
+from rlsys.actors.teacher import RayTeacher, TeacherActor
+from rlsys.algo.rows import Need
 from rlsys.batch.build import build
 from rlsys.batch.pack import pack
 from rlsys.batch.tensors import Batch
 from rlsys.buffer.staleness import first_trained_step, lead_limit
 from rlsys.checkpoints.store import CheckpointStore
-from rlsys.config.schema import Config, Row
+from rlsys.config.schema import Config
 from rlsys.controller.deadline import within
 from rlsys.controller.loops import Loops
 from rlsys.controller.parts import Parts
@@ -37,8 +39,9 @@ from rlsys.records import RolloutGroup, Version
 from rlsys.reward.load import is_async_reward, load_reward
 from rlsys.reward.pool import GRACE_S, RESTART_TIMEOUT_S, RewardPool
 from rlsys.rollout.play import PlaySpec
+from rlsys.rollout.teacher import GRACE_S as TEACHER_GRACE_S
+from rlsys.rollout.teacher import TaughtScorer, TeacherSettings, teacher_environment
 from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
-from rlsys.train.objective import Objective
 from rlsys.weights.pool import SegmentPool
 
 SPARE_CALLS = 16  # of a rollout actor, beside its groups
@@ -54,7 +57,7 @@ class Built:
 
 
 class _Places:
-    """Hands out the reserved places in their order: engines, then learner ranks."""
+    """Hands out the reserved places in their order: engines, learner ranks, the teacher."""
 
     def __init__(self, group: PlacementGroup) -> None:
         self._group, self._indices = group, count()
@@ -77,24 +80,31 @@ async def build_run(config: Config, inputs: Inputs, sink: RunSink, start: Start,
     workers = _reward_workers(config, inputs)
     buffer = RayBuffer(
         _actor(BufferActor, "buffer", cpus=0).remote(
-            max_staleness=config.rollout.max_staleness, age_policy=config.rollout.age_policy
+            max_staleness=config.rollout.max_staleness,
+            age_policy=config.rollout.age_policy,
+            min_compared=min_compared(config),
         )
     )
-    rewards = asyncio.gather(*(worker.ready() for worker in workers))
+    teacher = _teacher(config, inputs, place)
+    workers_ready = asyncio.gather(*(worker.ready() for worker in workers))
     await asyncio.gather(
         within(config.rollout.start_timeout_s, "the rollout engines to start", fleet.start()),
         within(config.train.start_timeout_s, "the learner to start", learner.start(config.run.seed, start.learner)),
-        within(config.train.start_timeout_s, "the reward workers to start", rewards),
+        within(config.train.start_timeout_s, "the reward workers to start", workers_ready),
+        *([within(config.rollout.start_timeout_s, "the teacher to start", teacher.start())] if teacher else []),
+    )
+    rewards = RewardPool(
+        workers,
+        timeout_s=config.reward.timeout_s,
+        max_drops_in_a_row=config.reward.max_drops_in_a_row,
+        is_async=is_async_reward(load_reward(inputs.reward_path)),
     )
     parts = Parts(
         source=inputs.source,
         fleet=fleet,
-        scorer=RewardPool(
-            workers,
-            timeout_s=config.reward.timeout_s,
-            max_drops_in_a_row=config.reward.max_drops_in_a_row,
-            is_async=is_async_reward(load_reward(inputs.reward_path)),
-        ),
+        scorer=rewards if teacher is None else _taught(config, rewards, teacher),
+        grader=rewards,
+        select=selector_of(config),
         buffer=buffer,
         learner=learner,
         checkpoints=RunCheckpoints(store, learner, sink.sync_commits),
@@ -108,22 +118,25 @@ async def build_run(config: Config, inputs: Inputs, sink: RunSink, start: Start,
 
 def make_plan(config: Config) -> Plan:
     rollout, train, reward = config.rollout, config.train, config.reward
+    spec = PlaySpec(
+        group_size=rollout.group_size,
+        temperature=rollout.temperature,
+        max_tokens=rollout.max_tokens,
+        seed=config.run.seed,
+        greedy_baseline=Need.GREEDY_ROLLOUT in needs_of(config),
+    )
     # at worst a group waits until the pool has scored everything else that may stand, each member once with the others
     # and once alone, with a restart after each call
     lead = lead_limit(max_staleness=rollout.max_staleness, batch_rollouts=config.rollouts_per_batch)
-    one_group_s = (rollout.group_size + 1) * (2 * reward.timeout_s + GRACE_S + RESTART_TIMEOUT_S)
+    one_group_s = (spec.num_members + 1) * (2 * reward.timeout_s + GRACE_S + RESTART_TIMEOUT_S)
     return Plan(
         steps=config.run.steps,
         prompts_per_batch=train.prompts_per_batch,
         max_staleness=rollout.max_staleness,
         age_policy=rollout.age_policy,
         slots=rollout.slots,
-        spec=PlaySpec(
-            group_size=rollout.group_size,
-            temperature=rollout.temperature,
-            max_tokens=rollout.max_tokens,
-            seed=config.run.seed,
-        ),
+        spec=spec,
+        min_compared=min_compared(config),
         checkpoint_every_steps=config.checkpoint.every_steps,
         eval_every_steps=config.eval.every_steps,
         pass_samples=config.eval.samples,
@@ -131,7 +144,10 @@ def make_plan(config: Config) -> Plan:
         correct_at=reward.correct_at,
         rollouts_logged=config.observe.rollouts_per_step,
         play_timeout_s=rollout.timeout_s,
-        score_timeout_s=one_group_s * (1 + lead / rollout.group_size / reward.workers),
+        score_timeout_s=max(
+            one_group_s * (1 + lead / rollout.group_size / reward.workers),
+            (rollout.timeout_s + TEACHER_GRACE_S) * (1 + lead / config.teacher.slots),  # no less where there is none
+        ),
         stall_s=rollout.timeout_s + one_group_s,
         step_timeout_s=train.timeout_s,
     )
@@ -142,7 +158,9 @@ def make_batch(config: Config, inputs: Inputs, incarnation: int, groups: Sequenc
     oldest = first_trained_step(
         step=step, max_staleness=config.rollout.max_staleness, age_policy=config.rollout.age_policy
     )
-    samples = build(groups, advantage=_bound(ADVANTAGES, config.algo.advantage), oldest_step=oldest or None)
+    samples = build(
+        groups, advantage=advantage_of(config), oldest_step=oldest or None, correct_at=config.reward.correct_at
+    )
     return pack(
         samples,
         ranks=config.train.ranks,
@@ -184,18 +202,13 @@ def _rollout_actors(config: Config, inputs: Inputs, place: _Places) -> list[tupl
 
 
 def _learner_actors(config: Config, inputs: Inputs, place: _Places) -> list[Any]:
-    train, algo = config.train, config.algo
+    train = config.train
     arguments = {
         "model_path": inputs.model_path,
         "train": train,
         "temperature": config.rollout.temperature,
-        "objective": Objective(
-            loss=_bound(POLICY_LOSSES, algo.loss),
-            correction=_bound(CORRECTIONS, algo.correction),
-            rejections=tuple(_bound(CORRECTIONS, row) for row in algo.rejections or ()),
-            anchor=algo.anchor or "proximal",
-            aggregation=_bound(AGGREGATIONS, algo.aggregation),
-        ),
+        "objective": objective_of(config),
+        "critic": critic_of(config, inputs.critic_path or inputs.model_path),
         "seed": config.run.seed,
     }
     environment = {"OMP_NUM_THREADS": str(max(1, int(train.cpus_per_rank))), "TOKENIZERS_PARALLELISM": "false"}
@@ -222,6 +235,36 @@ def _reward_workers(config: Config, inputs: Inputs) -> list[RayRewardWorker]:
     ]
 
 
+def _teacher(config: Config, inputs: Inputs, place: _Places) -> RayTeacher | None:
+    rollout, teacher = config.rollout, config.teacher
+    if inputs.teacher_path is None:
+        return None
+    settings = TeacherSettings(
+        model=inputs.teacher_path,
+        dtype=config.model.dtype,
+        top_k=teacher.top_k,
+        max_tokens=inputs.longest_prompt + rollout.max_tokens,
+        slots=teacher.slots,
+        start_timeout_s=rollout.start_timeout_s,
+        timeout_s=rollout.timeout_s,
+        vllm=teacher.vllm,
+    )
+    actor = _actor(
+        TeacherActor,
+        "teacher",
+        cpus=teacher.cpus,
+        gpus=teacher.gpus,
+        environment=teacher_environment(cpus=teacher.cpus, gpus=teacher.gpus),
+        place=place.next(),
+        max_concurrency=teacher.slots + SPARE_CALLS,
+    )
+    return RayTeacher("teacher", actor.remote("teacher", settings, inputs.model_path))
+
+
+def _taught(config: Config, rewards: RewardPool, teacher: RayTeacher) -> TaughtScorer:
+    return TaughtScorer(rewards, teacher, slots=config.teacher.slots, timeout_s=config.rollout.timeout_s)
+
+
 def _actor(
     cls: type,
     name: str | None,
@@ -240,10 +283,3 @@ def _actor(
     if max_concurrency is not None:
         options["max_concurrency"] = max_concurrency
     return ray.remote(cls).options(runtime_env={"env_vars": environment or {}}, **options)
-
-
-def _bound(table: Mapping[str, Callable[..., Any]], row: Row | None) -> Callable[..., Any]:
-    """The row's function with its parameters."""
-    if row is None:
-        raise ValueError("the preset must have filled in every row of algo before a run is built")
-    return partial(table[row.name], **row.params) if row.params else table[row.name]

@@ -38,7 +38,7 @@ def _num_sequences(mask_T: Tensor, segments: Segments) -> Tensor:
         source="DAPO, Yu et al. 2025, arXiv:2503.14476",
         peers={
             "verl": "token-mean, its default",
-            "TRL": 'loss_type="dapo", its default',
+            "TRL": 'loss_type="dapo", its default; "bnpo" divides by the tokens of the local batch',
             "OpenRLHF": "its default",
             "AReaL": "its only one",
             "SkyRL": "token_mean",
@@ -118,7 +118,7 @@ def constant(mask_T: Tensor, *, tokens: int) -> Aggregate:
     RowFacts(
         source="mean over prompts, as in SkyRL",
         scope=Scope.SEQUENCE,
-        peers={"SkyRL": "prompt_mean", "PipelineRL": "group_normalization"},
+        peers={"SkyRL": "prompt_mean", "PipelineRL": "group_normalization, much alike"},
     )
 )
 def prompt_mean(mask_T: Tensor, segments: Segments, prompt_tokens_S: Tensor) -> Aggregate:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlsys.algo.rows import table
+from rlsys.algo.rows import RowFacts, row, table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,22 +23,34 @@ class Coefficient:
     applied: float
 
 
-def fixed(kept: float, measured: float) -> Coefficient:
+@row(
+    RowFacts(
+        source="a constant",
+        peers={"verl": "kl_ctrl.type fixed, kl_coef 0.001", "TRL": "beta", "OpenRLHF": "init_coef 0.01"},
+    )
+)
+def fixed(kept: float) -> Coefficient:
     """The same in every step, whatever was measured."""
     return Coefficient(kept=kept, applied=kept)
 
 
+@row(
+    RowFacts(
+        source="Ziegler et al. 2019, arXiv:1909.08593",
+        peers={
+            "verl": "kl_ctrl.type adaptive, target_kl 0.1 nats a token, horizon 10,000",
+            "OpenRLHF": "kl_target, kl_horizon 10,000",
+        },
+    )
+)
 def adaptive_kl(
-    kept: float, measured: float, *, target: float = 6.0, horizon: float = 10_000.0, rollouts: int
+    kept: float, measured: float, rollouts: int, *, target: float = 6.0, horizon: float = 10_000.0
 ) -> Coefficient:
     """kept * (1 + clip(measured / target - 1, -0.2, 0.2) * rollouts / horizon).
 
-    From Ziegler et al. 2019, arXiv:1909.08593, with its 6 nats a rollout; verl: kl_ctrl.type adaptive, target_kl 0.1 a
-    token, horizon 10,000; OpenRLHF: kl_target, kl_horizon 10,000.
-
     Args:
-        measured: the divergence of the step, nats a rollout or a token as ``target`` is.
-        rollouts: trained in the step.
+        target: nats a rollout.
+        horizon: rollouts.
     """
     assert target > 0.0 and horizon > 0.0, f"target={target}, horizon={horizon}"
     error = min(max(measured / target - 1.0, -0.2), 0.2)
@@ -46,16 +58,22 @@ def adaptive_kl(
     return Coefficient(kept=next_coefficient, applied=next_coefficient)
 
 
-def linear_decay(kept: float, measured: float, *, last: float = 0.0, step: int, steps: int) -> Coefficient:
-    """kept + (last - kept) * step / steps, kept being the first; as PipelineRL lets its KL coefficient fall.
+@row(RowFacts(source="PipelineRL, arXiv:2509.19128", peers={"PipelineRL": "its KL coefficient falls so"}))
+def linear_decay(kept: float, step: int, steps: int, *, last: float = 0.0) -> Coefficient:
+    """kept + (last - kept) * step / steps, kept being the first.
 
-    Args:
-        step: steps done, from 0; behind ``steps`` it stays ``last``.
+    Behind ``steps`` it stays ``last``.
     """
     assert steps > 0 and step >= 0, f"step={step}, steps={steps}"
     return Coefficient(kept=kept, applied=kept + (last - kept) * min(1.0, step / steps))
 
 
+@row(
+    RowFacts(
+        source="Skywork-OR1, arXiv:2505.22312",
+        peers={"TRL": "use_adaptive_entropy, entropy_target 0.2, entropy_coef_delta 0.005"},
+    )
+)
 def adaptive_entropy(
     kept: float,
     measured: float,
@@ -67,10 +85,8 @@ def adaptive_entropy(
 ) -> Coefficient:
     """delta up where the entropy is at most ``target``, else delta down, within bounds; applied only in the first case.
 
-    From Skywork-OR1, arXiv:2505.22312; TRL: use_adaptive_entropy, entropy_target 0.2, entropy_coef_delta 0.005.
-
     Args:
-        measured: mean entropy of the step's tokens, nats.
+        target: mean entropy of the step's tokens, nats.
     """
     assert lowest <= highest and delta >= 0.0, f"lowest={lowest}, highest={highest}, delta={delta}"
     is_low = measured <= target

@@ -31,7 +31,11 @@ def _difference(policy_logprobs_T: Tensor, ref_logprobs_T: Tensor, mask_T: Tenso
         source="Schulman 2020, http://joschu.net/blog/kl-approx.html",
         needs=(Need.REFERENCE,),
         as_loss=False,
-        peers={"verl": "kl, k1", "OpenRLHF": "k1, its default", "AReaL": "k1, its default"},
+        peers={
+            "verl": "kl, k1; use_kl_in_reward, kl_coef 0.001, off by default",
+            "OpenRLHF": "k1, its default, in the reward, init_coef 0.01",
+            "AReaL": "k1, its default, in the reward, kl_ctl 0.1",
+        },
     )
 )
 def k1(policy_logprobs_T: Tensor, ref_logprobs_T: Tensor, mask_T: Tensor) -> Tensor:
@@ -55,7 +59,14 @@ def k2(policy_logprobs_T: Tensor, ref_logprobs_T: Tensor, mask_T: Tensor) -> Ten
     RowFacts(
         source="Schulman 2020, http://joschu.net/blog/kl-approx.html",
         needs=(Need.REFERENCE,),
-        peers={"verl": "low_var_kl, k3", "TRL": "beta", "OpenRLHF": "k3", "SkyRL": "k3", "NeMo-RL": "k3"},
+        peers={
+            "verl": "low_var_kl, k3; kl_loss_coef 0.001, off by default",
+            "TRL": "beta, 0 by default",
+            "OpenRLHF": "k3",
+            "AReaL": "k3",
+            "SkyRL": "k3, its default, in the loss, 0.001",
+            "NeMo-RL": "k3, its default, in the loss, 0.01",
+        },
     )
 )
 def k3(policy_logprobs_T: Tensor, ref_logprobs_T: Tensor, mask_T: Tensor) -> Tensor:

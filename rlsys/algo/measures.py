@@ -98,6 +98,24 @@ class EffectiveShare(Measure):
 
 
 @dataclass(frozen=True, slots=True)
+class ExplainedVariance(Measure):
+    """1 - var(target - estimate) / var(target): 1 for a perfect estimate, 0 for one that says nothing."""
+
+    @classmethod
+    def of(cls, estimates_T: Tensor, targets_T: Tensor, mask_T: Tensor) -> ExplainedVariance:
+        """Where ``mask_T`` (bool) is set; same shapes."""
+        targets = torch.where(mask_T, targets_T.detach(), 0.0).double()
+        errors = targets - torch.where(mask_T, estimates_T.detach(), 0.0).double()
+        sums = (targets.sum(), targets.square().sum(), errors.sum(), errors.square().sum())
+        return cls(torch.stack([mask_T.sum().double(), *sums]))
+
+    def value(self) -> float | None:
+        count, total, squares, error_total, error_squares = self.numbers.tolist()
+        variance = squares - total**2 / count if count else 0.0
+        return 1.0 - (error_squares - error_total**2 / count) / variance if variance > 0.0 else None
+
+
+@dataclass(frozen=True, slots=True)
 class Max(Measure):
     """Largest value."""
 

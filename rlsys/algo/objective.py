@@ -1,6 +1,6 @@
 """The one objective: correction weight x policy loss, plus divergence, less entropy, as a sum that is divided once.
 
-    loss_sum = sum_t c_t (w_t loss_t + kl_coef kl_t - entropy_coef H_t),    divided by the global count
+    loss_sum = sum_t c_t (w_t loss_t + kl_coef kl_t + teacher_coef D_t - entropy_coef H_t),    divided by the count
 
 w from the correction, loss at an anchor, c and the count from the aggregation, over the tokens that no rejection took
 out. Three functions take the same rows: ``objective_statistics`` before the pass, where a row has batch scope;
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlsys.algo.aggregation import Aggregate, token_mean
 from rlsys.algo.corrections import TokenWeights
+from rlsys.algo.distillation import topk_reverse_kl
 from rlsys.algo.losses import TokenLosses
 from rlsys.algo.measures import Max, Mean, Measure, Min, Sum, merge
 from rlsys.algo.offpolicy import rejected_sequences, sequence_distance, token_distance, weight_measures
@@ -77,6 +78,7 @@ def policy_objective(
     kl: Callable[..., Tensor] | None = None,
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
+    teacher_coef: float = 0.0,
     settled: RowsSettled | None = None,
     on_policy_mask_T: Tensor,
     **inputs: Any,
@@ -88,13 +90,13 @@ def policy_objective(
         rejections: further rows of CORRECTIONS, that reject; a token goes where one of them rejects it.
         anchor: centre of the loss's trust region.
         kl: row of KL_ESTIMATORS; None leaves the term out.
-        kl_coef, entropy_coef: weights of the terms.
+        kl_coef, entropy_coef, teacher_coef: weights of the terms; D is ``topk_reverse_kl``.
         settled: of ``settle_rows``; None where no row has batch scope.
         on_policy_mask_T: bool [T], tokens sampled by the very version that is trained; only measured.
         inputs: by the names of the legend. policy_logprobs_T, proximal_logprobs_T, behaviour_logprobs_T, advantages_T
             and mask_T always; the others where a row asks for them. Without ``segments`` nothing is measured over
-            sequences. ``entropy_T`` [T] where entropy_coef is not 0. Gradient flows through policy_logprobs_T and
-            entropy_T only.
+            sequences. Gradient flows through policy_logprobs_T, entropy_T and candidate_logprobs_TK only, and the
+            last two are needed where their weight is not 0.
     """
     settled = settled or RowsSettled()
     mask_T = inputs["mask_T"]
@@ -105,7 +107,7 @@ def policy_objective(
     losses = call_row(loss, inputs, settled.loss)
     aggregate = call_row(aggregation, inputs)
     weighted_T = weights.weights_T * losses.loss_T
-    terms_T, of_terms = _regularised(weighted_T, inputs, kl, kl_coef, entropy_coef)
+    terms_T, of_terms = _regularised(weighted_T, inputs, kl, kl_coef, entropy_coef, teacher_coef)
     pg_sum = (aggregate.coefficients_T * weighted_T.detach()).sum(dtype=torch.float64)
     counted = Sum(pg_sum[None]) if aggregate.count is None else Mean(torch.stack([pg_sum, aggregate.count]))
     return ObjectiveSum(
@@ -185,14 +187,19 @@ def _regularised(
     kl: Callable[..., Tensor] | None,
     kl_coef: float,
     entropy_coef: float,
+    teacher_coef: float,
 ) -> tuple[Tensor, dict[str, Measure]]:
-    """The weighted loss with its two further terms, [T], and their measures."""
+    """The weighted loss with its further terms, [T], and their measures."""
     measures: dict[str, Measure] = {}
     terms_T = weighted_T
     if kl is not None:
         kl_T = call_row(kl, inputs)
         terms_T = terms_T + kl_coef * kl_T
         measures["actor/kl_loss"] = Mean.of(kl_T, inputs["mask_T"])
+    if teacher_coef != 0.0:
+        divergence_T = call_row(topk_reverse_kl, inputs)
+        terms_T = terms_T + teacher_coef * divergence_T
+        measures["teacher/reverse_kl"] = Mean.of(divergence_T, inputs["mask_T"])
     if entropy_coef != 0.0:
         terms_T = terms_T - entropy_coef * torch.where(inputs["mask_T"], inputs["entropy_T"], 0.0)
     return terms_T, measures

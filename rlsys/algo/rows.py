@@ -25,6 +25,9 @@ LEGEND: Mapping[str, str] = {
     "proximal_logprobs_T": "float [T], the learner before the first step on this batch",
     "behaviour_logprobs_T": "float [T], the engine when it sampled the token",
     "ref_logprobs_T": "float [T], the reference policy",
+    "teacher_logprobs_T": "float [T], the teacher, of the same tokens",
+    "candidate_logprobs_TK": "float [T, K], the learner now, of the teacher's likeliest tokens, with gradient",
+    "teacher_candidate_logprobs_TK": "float [T, K], the teacher, of its likeliest tokens",
     "advantages_T": "float [T]",
     "mask_T": "bool [T], tokens that carry weight",
     "segments": "Segments over T, one for each sequence",
@@ -39,12 +42,26 @@ LEGEND: Mapping[str, str] = {
     "group_starts_G": "int64 [G], index of the first reward of each group, ascending; the first is 0",
     "lengths_S": "int or float [S], weighted tokens of each rollout; 0 for one that is in the baseline only",
     "reward_parts_SK": "float [S, K], the parts of each rollout's reward",
+    "scores_S": "float [S], what the reward function gave, before any shaping",
+    "truncated_S": "bool [S], rollouts that were cut at the token limit",
+    "correct_S": "bool [S], rollouts whose answer is right",
+    "penalties_S": "float [S], the part of each rollout's reward that is named penalty; 0 where there is none",
+    "draws_S": "float64 [S] in [0, 1), of each rollout its own, the same in every process",
+    "answer_ids_N": "int64 [N], sampled tokens, the rollouts one after another",
+    "answers": "Segments over N, one for each rollout",
+    "max_tokens": "int, most tokens that are sampled for an answer",
     "greedy_rewards_S": "float [S], reward of the greedy rollout of the sequence's prompt",
     "rewards_T": "float [T], rewards on the tokens that earned them",
     "turn_rewards_U": "float [U], one for each turn, the turns of a rollout in order, the rollouts one after another",
-    "turn_keys_U": "int64 [U], turns of a group with the same key are compared: the turn's index, or a state's hash",
+    "turn_keys_U": "int64 [U], the turn's index in its rollout",
+    "turn_states_U": "int64 [U], a key of what the environment said before the turn",
     "turn_rollouts_U": "int64 [U], index in S of the turn's rollout, ascending",
     "settled": "numbers of the whole batch, from the row's pre-pass",
+    "kept": "float, a coefficient as it was left by the step before",
+    "measured": "float, nats, what the coefficient's term came to: a divergence a rollout, an entropy a token",
+    "rollouts": "int, trained in the step",
+    "step": "int, steps done, from 0",
+    "steps": "int, of the run",
 }
 
 
@@ -66,6 +83,7 @@ class Need(Enum):
     TURNS = "rewards for each turn"
     CORRECT_FLAGS = "to know which rollouts are right"
     REFERENCE = "a reference policy"
+    TEACHER = "a teacher"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,13 +6,15 @@ Legend: T tokens of one sample, R rows, L tokens of a row. The result depends on
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from rlsys.batch.tensors import Batch, Microbatch, RankBatch, RankPart, Segment
+from rlsys.batch.tensors import Batch, Microbatch, RankBatch, RankPart, Segment, TeacherTensors
 from rlsys.errors import ConfigError
 from rlsys.records import Sample, Version, steps_of
 
@@ -38,12 +40,15 @@ def pack(
 
     Raises:
         ConfigError: a sample is longer than ``tokens_per_microbatch``.
-        ValueError: there is no sample, or one carries no weight, or weight on its first token (nothing predicts it).
+        ValueError: there is no sample, or one carries no weight, or weight on its first token (nothing predicts it), or
+            a teacher scored some samples only.
     """
     if not samples:
         raise ValueError("a batch needs at least one sample")
     for sample in samples:
         _check(sample, tokens_per_microbatch)
+    if len({sample.teacher is None for sample in samples}) > 1:
+        raise ValueError("the teacher scored some samples of the batch and others not")
     layout = _Layout(samples, tokens_per_microbatch, pad_token_id, version)
     parts = [
         layout.deal([int(index) for index in indices], ranks)
@@ -53,7 +58,12 @@ def pack(
     num_tokens = sum(len(sample.token_ids_T) for sample in samples)
     return Batch(
         ranks=tuple(
-            RankBatch(version=version, parts=tuple(part[rank] for part in parts), num_tokens=num_tokens)
+            RankBatch(
+                version=version,
+                parts=tuple(part[rank] for part in parts),
+                num_tokens=num_tokens,
+                num_samples=len(samples),
+            )
             for rank in range(ranks)
         )
     )
@@ -95,6 +105,8 @@ class _Layout:
         for prompt, number in zip(prompts, weighted, strict=True):
             tokens_of[prompt] += number
         self._prompt_tokens = [float(tokens_of[prompt]) for prompt in prompts]
+        teacher = samples[0].teacher
+        self._num_candidates = None if teacher is None else teacher.candidate_ids_TK.shape[1]
 
     def deal(self, indices: Sequence[int], ranks: int) -> tuple[RankPart, ...]:
         """One optimizer step of the samples ``indices``: each rank's part.
@@ -128,41 +140,76 @@ class _Layout:
     def microbatch(self, rows: Sequence[Row]) -> Microbatch:
         """The tensors of ``rows``; one short row without weight where there are none."""
         shape = (max(1, len(rows)), max((self._num_tokens(row) for row in rows), default=_EMPTY_LENGTH))
-        token_ids = np.full(shape, self._pad_token_id, dtype=np.int64)
         position_ids = np.broadcast_to(np.arange(shape[1]), shape).copy()
-        weight_mask = np.zeros(shape, dtype=np.bool_)
-        on_policy_mask = np.zeros(shape, dtype=np.bool_)
-        behaviour_logprobs = np.zeros(shape, dtype=np.float32)
-        advantages = np.zeros(shape, dtype=np.float32)
         segments = []
         for row, indices in enumerate(rows):
             offset = 0
             for index in indices:
-                sample = self._samples[index]
-                length = len(sample.token_ids_T)
-                here = (row, slice(offset, offset + length))
-                token_ids[here] = sample.token_ids_T
+                length = len(self._samples[index].token_ids_T)
                 position_ids[row, offset:] = np.arange(shape[1] - offset)  # the last sample's go on over the padding
-                weight_mask[here] = sample.weight_mask_T
-                on_policy_mask[here] = sample.weight_mask_T & (steps_of(sample.versions_T) == self._version.step)
-                behaviour_logprobs[here] = sample.behaviour_logprobs_T
-                advantages[here] = sample.advantages_T
                 segments.append(Segment(sample=index, row=row, offset=offset, length=length))
                 offset += length
         return Microbatch(
-            token_ids=torch.from_numpy(token_ids),
+            token_ids=self._laid(shape, np.int64, "token_ids_T", segments, fill=self._pad_token_id),
             position_ids=torch.from_numpy(position_ids),
-            weight_mask=torch.from_numpy(weight_mask),
-            behaviour_logprobs=torch.from_numpy(behaviour_logprobs),
-            advantages=torch.from_numpy(advantages),
-            on_policy_mask=torch.from_numpy(on_policy_mask),
+            weight_mask=self._laid(shape, np.bool_, "weight_mask_T", segments),
+            behaviour_logprobs=self._laid(shape, np.float32, "behaviour_logprobs_T", segments),
+            advantages=self._laid(shape, np.float32, "advantages_T", segments),
+            rewards=self._laid(shape, np.float32, "rewards_T", segments),
+            on_policy_mask=self._on_policy_mask(shape, segments),
             keys_S=torch.tensor([self._keys[segment.sample] for segment in segments] or [0]),
             prompt_tokens_S=torch.tensor([self._prompt_tokens[segment.sample] for segment in segments] or [0.0]),
+            greedy_rewards_S=torch.tensor([self._samples[s.sample].greedy_reward for s in segments] or [0.0]),
+            correct_S=torch.tensor([self._samples[segment.sample].is_correct for segment in segments] or [False]),
+            teacher=self._teacher(shape, segments),
             segments=tuple(segments),
+        )
+
+    def _laid(
+        self, shape: tuple[int, ...], dtype: type, name: str, segments: Sequence[Segment], fill: float = 0
+    ) -> torch.Tensor:
+        """What the samples have under ``name``, at their places; ``fill`` elsewhere."""
+        values = {segment.sample: getattr(self._samples[segment.sample], name) for segment in segments}
+        return _laid(shape, dtype, values, segments, fill)
+
+    def _on_policy_mask(self, shape: tuple[int, int], segments: Sequence[Segment]) -> torch.Tensor:
+        samples = {segment.sample: self._samples[segment.sample] for segment in segments}
+        masks = {
+            index: sample.weight_mask_T & (steps_of(sample.versions_T) == self._version.step)
+            for index, sample in samples.items()
+        }
+        return _laid(shape, np.bool_, masks, segments)
+
+    def _teacher(self, shape: tuple[int, int], segments: Sequence[Segment]) -> TeacherTensors | None:
+        if self._num_candidates is None:
+            return None
+        scores = {segment.sample: self._samples[segment.sample].teacher for segment in segments}
+        known = {index: score for index, score in scores.items() if score is not None}
+        wide = (*shape, self._num_candidates)
+        return TeacherTensors(
+            logprobs=_laid(shape, np.float32, {i: s.logprobs_T for i, s in known.items()}, segments),
+            candidate_ids=_laid(wide, np.int64, {i: s.candidate_ids_TK for i, s in known.items()}, segments),
+            candidate_logprobs=_laid(
+                wide, np.float32, {i: s.candidate_logprobs_TK for i, s in known.items()}, segments
+            ),
         )
 
     def _num_tokens(self, row: Row) -> int:
         return sum(len(self._samples[index].token_ids_T) for index in row)
+
+
+def _laid(
+    shape: tuple[int, ...],
+    dtype: type,
+    values: Mapping[int, NDArray[Any]],
+    segments: Sequence[Segment],
+    fill: float = 0,
+) -> torch.Tensor:
+    """[R, L] or [R, L, K], the values of each sample (by its index) at its place."""
+    laid: NDArray[Any] = np.full(shape, fill, dtype=dtype)
+    for segment in segments:
+        laid[segment.row, segment.offset : segment.offset + segment.length] = values[segment.sample]
+    return torch.from_numpy(laid)
 
 
 def _key(rollout_id: str, version: Version) -> int:

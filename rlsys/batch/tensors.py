@@ -24,6 +24,21 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherTensors:
+    """What the teacher says of a microbatch, nats; 0 where nothing stands. K candidates at a place.
+
+    Attributes:
+        logprobs: float32 [R, L].
+        candidate_ids: int64 [R, L, K].
+        candidate_logprobs: float32 [R, L, K].
+    """
+
+    logprobs: Tensor
+    candidate_ids: Tensor
+    candidate_logprobs: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Microbatch:
     """Rows of samples for one forward and backward pass. Several samples may share a row; positions restart at each.
 
@@ -36,9 +51,13 @@ class Microbatch:
         weight_mask: bool [R, L], tokens that carry weight in the gradient.
         behaviour_logprobs: float32 [R, L], nats.
         advantages: float32 [R, L].
+        rewards: float32 [R, L], on the tokens that earned them.
         on_policy_mask: bool [R, L], weighted tokens sampled by the version that is trained.
         keys_S: int64 [S], a key of each sample's rollout at this step, in the order of the positions that are 0.
         prompt_tokens_S: float32 [S], weighted tokens of all samples of its prompt in the batch.
+        greedy_rewards_S: float32 [S].
+        correct_S: bool [S], samples whose answer is right.
+        teacher: None where the run has no teacher.
         segments: the samples in it; none in a microbatch that only keeps ranks in step, and has one empty sequence.
     """
 
@@ -47,9 +66,13 @@ class Microbatch:
     weight_mask: Tensor
     behaviour_logprobs: Tensor
     advantages: Tensor
+    rewards: Tensor
     on_policy_mask: Tensor
     keys_S: Tensor
     prompt_tokens_S: Tensor
+    greedy_rewards_S: Tensor
+    correct_S: Tensor
+    teacher: TeacherTensors | None
     segments: tuple[Segment, ...]
 
     def __post_init__(self) -> None:
@@ -59,6 +82,7 @@ class Microbatch:
             self.weight_mask,
             self.behaviour_logprobs,
             self.advantages,
+            self.rewards,
             self.on_policy_mask,
         ):
             if tensor.shape != shape or len(shape) != 2:
@@ -86,11 +110,13 @@ class RankBatch:
         version: the version that is trained (the weights before the first of the steps).
         parts: one per optimizer step, in order.
         num_tokens: tokens of all samples over all ranks and parts, padding excluded.
+        num_samples: likewise.
     """
 
     version: Version
     parts: tuple[RankPart, ...]
     num_tokens: int
+    num_samples: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from rlsys.buffer.staleness import drop_stale, oldest_step
 from rlsys.errors import RlsysError
 from rlsys.records import DropCause, RolloutGroup, Version
 
-MIN_BASELINE = 2  # scored members: a smaller group has no baseline
+MIN_COMPARED = 2  # rewards, a greedy one included: with fewer there is nothing to compare
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +55,12 @@ class ReplayBuffer:
     Args:
         max_staleness: eta, steps.
         age_policy: ``drop`` or ``mask``.
+        min_compared: rewards that a group needs; 1 where rollouts are not compared.
     """
 
-    def __init__(self, *, max_staleness: int, age_policy: str) -> None:
+    def __init__(self, *, max_staleness: int, age_policy: str, min_compared: int = MIN_COMPARED) -> None:
         self._max_staleness = max_staleness
+        self._min_compared = min_compared
         self._age_policy = age_policy
         self._groups: list[RolloutGroup] = []  # by the step of their oldest token, then by arrival
         self._leases: dict[int, Lease] = {}
@@ -71,12 +73,12 @@ class ReplayBuffer:
         """Raises RlsysError for a group that is too small or not scored: it would be trained wrongly, or never."""
         if (
             not group.rollouts
-            or close_if_too_small(group) is not group
+            or close_if_too_small(group, self._min_compared) is not group
             or any(rollout.reward is None for rollout in group.rollouts)
         ):
             raise RlsysError(
                 f"group {group.group_id} cannot be buffered: {len(group.rollouts)} rollouts, "
-                f"{len(group.baseline_rewards)} of the group scored, at least {MIN_BASELINE} needed"
+                f"{num_compared(group)} of the group scored, at least {self._min_compared} needed"
             )
         bisect.insort(self._groups, group, key=_oldest_step)
         self._arrived.set()
@@ -140,7 +142,7 @@ class ReplayBuffer:
         for group in self._groups:
             left = drop_stale(group, step=step, max_staleness=self._max_staleness, age_policy=self._age_policy)
             if left is not group:
-                left = close_if_too_small(left)
+                left = close_if_too_small(left, self._min_compared)
                 self._dropped += len(group.rollouts) - len(left.rollouts)
                 shrunk.append(left)
             if left.rollouts:
@@ -153,8 +155,13 @@ def _oldest_step(group: RolloutGroup) -> int:
     return min(map(oldest_step, group.rollouts))
 
 
-def close_if_too_small(group: RolloutGroup) -> RolloutGroup:
-    """The group itself, or, where fewer than two of its members were ever scored, the group with nothing to train."""
-    if not group.rollouts or len(group.baseline_rewards) >= MIN_BASELINE:
+def num_compared(group: RolloutGroup) -> int:
+    """Rewards that can be compared: those of the baseline, and that of the greedy rollout."""
+    return len(group.baseline_rewards) + (group.greedy_reward is not None)
+
+
+def close_if_too_small(group: RolloutGroup, min_compared: int = MIN_COMPARED) -> RolloutGroup:
+    """The group itself, or, where fewer of its rewards can be compared, the group with nothing to train."""
+    if not group.rollouts or num_compared(group) >= min_compared:
         return group
     return group.drop({rollout.rollout_id: DropCause.GROUP_TOO_SMALL for rollout in group.rollouts})

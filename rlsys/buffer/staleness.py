@@ -54,9 +54,15 @@ def lead_limit(*, max_staleness: int, batch_rollouts: int) -> int:
     return (max_staleness + 1) * batch_rollouts
 
 
-def may_start(*, lead: int, group_size: int, limit: int) -> bool:
-    """Whether another group may be submitted: its whole size must fit below the limit."""
-    return lead + group_size <= limit
+def may_start(*, groups_standing: int, prompts_per_batch: int, max_staleness: int) -> bool:
+    """Whether another group may be submitted.
+
+    A group holds the room of a whole one until it is trained or gone, however many rollouts it has lost: a batch is so
+    many groups, not rollouts. With groups in place of the lost rollouts more of them would stand than can be trained
+    within the lead, and the last ones would wait for versions that only they could make. The limit in rollouts
+    (``lead_limit``) follows.
+    """
+    return groups_standing < (max_staleness + 1) * prompts_per_batch
 
 
 def min_engine_step(*, groups_trained: int, groups_standing: int, prompts_per_batch: int, max_staleness: int) -> int:

@@ -197,7 +197,7 @@ def _with_absolute_paths(config: Config) -> Config:
         for name in ("train_path", "eval_path")
         if (path := getattr(config.data, name))
     }
-    model = config.model.path if config.model.path == TINY else str(_absolute(Path(config.model.path), "model.path"))
+    model = _model_path(config.model.path, "model.path")
     reward = config.reward.path
     if reward is not None:
         file, colon, function = reward.rpartition(":")
@@ -208,8 +208,14 @@ def _with_absolute_paths(config: Config) -> Config:
             "data": config.data.model_copy(update=data),
             "model": config.model.model_copy(update={"path": model}),
             "reward": config.reward.model_copy(update={"path": reward}),
+            "critic": config.critic.model_copy(update={"path": _model_path(config.critic.path, "critic.path")}),
+            "teacher": config.teacher.model_copy(update={"path": _model_path(config.teacher.path, "teacher.path")}),
         }
     )
+
+
+def _model_path(path: str | None, key: str) -> str | None:
+    return path if path is None or path == TINY else str(_absolute(Path(path), key))
 
 
 def _lasting(root: Path) -> Path:

@@ -84,7 +84,28 @@ class RewardSection(Section):
 
 
 Preset = Literal[
-    "grpo", "dr_grpo", "rloo", "gspo", "cispo", "sapo", "areal", "llamarl", "icepop", "opo", "lite_ppo", "gpg"
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "rloo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "remax",
+    "ppo",
+    "vapo",
+    "gspo",
+    "gmpo",
+    "cispo",
+    "topr",
+    "sapo",
+    "areal",
+    "llamarl",
+    "icepop",
+    "c3po",
+    "m2po",
+    "opo",
+    "lite_ppo",
+    "gpg",
 ]
 
 
@@ -103,6 +124,24 @@ class AlgoSection(Section):
     """Centre of the loss's trust region: the learner before the batch, or the engine that sampled."""
     aggregation: Row | None = None
     """Row of AGGREGATIONS: how the losses of tokens become one number."""
+    shaping: tuple[Row, ...] | None = None
+    """Rows of SHAPINGS, applied to the rewards of a group in this order, e.g. ``[{name: overlong_penalty}]``."""
+    selection: tuple[Row, ...] | None = None
+    """Rows of SELECTIONS: which rollouts of a group are trained; a group left empty is replaced by another question."""
+    kl: Row | None = None
+    """Row of KL_ESTIMATORS: divergence from a reference policy; null: no reference."""
+    kl_coef: Annotated[float, Field(ge=0)] = 0.001
+    """Its weight in the first step."""
+    kl_control: Row = Row(name="fixed")
+    """Row of COEFFICIENTS: how that weight moves."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the divergence goes. ``reward`` needs advantages by tokens (reinforce_pp, remax, gae)."""
+    reference_every_steps: Annotated[int, Field(ge=0)] = 0
+    """The reference becomes a copy of the policy every so many steps; 0: it stays the model of the start."""
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the entropy bonus in the first step."""
+    entropy_control: Row = Row(name="fixed")
+    """Row of COEFFICIENTS: how that weight moves."""
     allow_uncorrected: bool = False
     """Train stale data without a correction all the same."""
 
@@ -114,7 +153,7 @@ class RolloutSection(Section):
     """eta: how many steps old a trained token may be; 0 is synchronous and on-policy."""
     age_policy: Literal["drop", "mask"] = "drop"
     """What happens to tokens older than eta: the whole rollout is dropped, or its old tokens carry no weight."""
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: Annotated[int, Field(ge=1)] = 8
     """Rollouts per question."""
     max_tokens: Annotated[int, Field(ge=1)] = 256
     """Most tokens sampled per answer."""
@@ -142,7 +181,8 @@ class TrainSection(Section):
     prompts_per_batch: Annotated[int, Field(ge=1)] = 16
     """Questions per trained batch (times rollout.group_size: rollouts)."""
     steps_per_batch: Annotated[int, Field(ge=1)] = 1
-    """Optimizer steps per batch, on disjoint parts of it. At 1 the clip of a clipped loss never acts."""
+    """Optimizer steps per batch, on disjoint parts of it. At 1 the clip of a clipped loss never acts: presets whose
+    point is a clip set 2 where the key is left out."""
     tokens_per_microbatch: Annotated[int, Field(ge=1)] = 4096
     """Token budget of one forward and backward pass."""
     lr: Annotated[float, Field(gt=0)] = 1e-5
@@ -165,6 +205,40 @@ class TrainSection(Section):
     """Deadline for one training step or export, seconds."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed config entries, passed through."""
+
+
+class CriticSection(Section):
+    """The value model. There is one where ``algo.advantage`` asks for it (gae), and only then."""
+
+    path: str | None = None
+    """Folder of the model it starts from; null: model.path."""
+    loss: Row = Row(name="clipped_squared_error")
+    """Row of VALUE_LOSSES."""
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    """Learning rate."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """So many batches train the critic alone, before the policy learns from it."""
+
+
+class TeacherSection(Section):
+    """On-policy distillation: another model scores the rollouts' tokens."""
+
+    path: str | None = None
+    """Folder of the teacher, a causal LM with the same tokenizer; null: no teacher."""
+    top_k: Annotated[int, Field(ge=0, le=128)] = 0
+    """0: reverse KL estimated on the sampled tokens; else reverse KL over this many likeliest tokens of the teacher."""
+    coef: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the divergence."""
+    with_reward: bool = False
+    """Learn from the reward as well; false: from the teacher alone."""
+    slots: Annotated[int, Field(ge=1)] = 64
+    """Most rollouts at once on the teacher's engine."""
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    """CPU cores that Ray reserves for it."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs that Ray reserves for it."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """vLLM engine arguments, passed through."""
 
 
 class EvalSection(Section):
@@ -205,6 +279,8 @@ class Config(Section):
     algo: AlgoSection = AlgoSection()
     rollout: RolloutSection = RolloutSection()
     train: TrainSection = TrainSection()
+    critic: CriticSection = CriticSection()
+    teacher: TeacherSection = TeacherSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     observe: ObserveSection = ObserveSection()

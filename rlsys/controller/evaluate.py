@@ -127,7 +127,7 @@ class Evaluator:
 
     async def run(self, name: str, pass_samples: int) -> tuple[EvalReport, EvalReport | None]:
         """Greedy answers, and ``pass_samples`` sampled ones per question where that is not 0."""
-        began, spec = self._parts.clock.now(), self._plan.spec
+        began, spec = self._parts.clock.now(), replace(self._plan.spec, greedy_baseline=False)
         greedy = await self._round(replace(spec, group_size=1, temperature=0.0), ())
         sampled = (
             await self._round(replace(spec, group_size=pass_samples), self._plan.pass_at) if pass_samples else None

@@ -1,5 +1,5 @@
 """Law 1, conservation: every submitted rollout is in exactly one stage until it is trained or dropped by name. And law
-5 for draws: every draw is trained, on its way, waiting to be asked again, or given up."""
+5 for draws: every draw is trained, on its way, waiting to be asked again, filtered, or given up."""
 
 from __future__ import annotations
 
@@ -45,10 +45,12 @@ class Ledger:
         dropped: rollouts by cause.
         groups_trained: groups, and so draws.
         given_up: draws that were lost and are not asked again.
+        filtered: draws of whose groups ``algo.selection`` left nothing; they are not asked again either.
     """
 
     def __init__(self, state: RunState) -> None:
-        self.trained, self.groups_trained, self.given_up = state.trained, state.groups_trained, state.given_up
+        self.trained, self.groups_trained = state.trained, state.groups_trained
+        self.given_up, self.filtered = state.given_up, state.filtered
         self.dropped: Counter[DropCause] = Counter(state.dropped)
         self.submitted = self.trained + self.dropped.total()
         self._standing: dict[str, _Standing] = {}
@@ -147,11 +149,12 @@ class Ledger:
 
     def check_draws(self, counts: SourceCounts) -> None:
         """Assert that every draw of the source is accounted for once. Raises LawBroken."""
-        accounted = self.groups_trained + len(self._standing) + counts.waiting + self.given_up
+        accounted = self.groups_trained + len(self._standing) + counts.waiting + self.given_up + self.filtered
         if counts.drawn != accounted:
             raise LawBroken(
                 f"{counts.drawn} draws were handed out, {accounted} are accounted for: trained {self.groups_trained}, "
-                f"on their way {len(self._standing)}, waiting {counts.waiting}, given up {self.given_up}"
+                f"on their way {len(self._standing)}, waiting {counts.waiting}, given up {self.given_up}, "
+                f"filtered {self.filtered}"
             )
 
     def describe(self) -> str:

@@ -6,6 +6,7 @@
       roster.acquire() ----> PARKED until an engine has slots and serves a version new enough for when its turn comes
       fleet.play()           RUNNING: vLLM samples; every token is stamped with the version that sampled it
       scorer.score()         SCORING: worker processes with a deadline; a failure is a drop, never a 0
+      select()               rewards shaped; a group of which no rollout is selected makes room for another question
       buffer.put()           BUFFERED
            |
            v                 train_loop:
@@ -27,15 +28,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
-from rlsys.buffer.replay import MIN_BASELINE, Lease, close_if_too_small
+from rlsys.buffer.replay import Lease
 from rlsys.buffer.staleness import lead_limit, may_start, min_engine_step
+from rlsys.controller.attrition import Attrition
 from rlsys.controller.deadline import within
 from rlsys.controller.evaluate import Evaluator
 from rlsys.controller.failures import first_failure
 from rlsys.controller.ledger import Ledger, Stage
-from rlsys.controller.parts import Parts
+from rlsys.controller.parts import Parts, Scorer
 from rlsys.controller.plan import Plan
 from rlsys.controller.roster import Roster
 from rlsys.controller.saving import Saver
@@ -43,17 +46,15 @@ from rlsys.controller.state import RunState
 from rlsys.controller.stats import batch_metrics, drop_metrics, trained_ages
 from rlsys.controller.sync import WeightSync
 from rlsys.controller.totals import Totals
-from rlsys.errors import CheckpointFailed, EngineLost, TooManyDrops, WaitTimeout
-from rlsys.records import DropCause, Prompt, RolloutGroup
+from rlsys.errors import CheckpointFailed, EngineLost, WaitTimeout
+from rlsys.records import Prompt, RolloutGroup
 from rlsys.rollout.play import PlaySpec
 
 Answer = TypeVar("Answer")
 
-LOST_GROUPS_IN_A_ROW = 64  # groups lost whole, one after another, before the run gives up
 LIVE_PERIOD_S = 0.5  # between two updates of the progress view
 BUFFER_ANSWER_S = 60.0  # deadline of a buffer call beyond its own wait
 TAKE_WAIT_S = 1.0  # one wait for a batch; between two of them pending work is looked after
-FAULTS = frozenset({DropCause.ENGINE_REFUSED, DropCause.EMPTY})  # asking again would end the same way
 
 
 class Loops:
@@ -79,16 +80,16 @@ class Loops:
             export_timeout_s=plan.step_timeout_s,
             load_timeout_s=plan.play_timeout_s,
         )
-        self.evaluator = Evaluator(parts, plan, self.roster, play=self._play, score=self._score)
+        self.evaluator = Evaluator(parts, plan, self.roster, play=self._play, score=partial(self._score, parts.grader))
         self.saver = Saver(parts, self.ledger, self.totals, state, plan.step_timeout_s)
-        self._limit = lead_limit(max_staleness=plan.max_staleness, batch_rollouts=plan.batch_rollouts)
+        self._limit = lead_limit(max_staleness=plan.max_staleness, batch_rollouts=plan.batch_members)
         self._lead_fell = asyncio.Event()
+        self.attrition = Attrition(parts, plan, self.ledger, self._lead_fell.set)
         self._eval_due = asyncio.Event()
         self.stopping = asyncio.Event()
         self.is_training = False
         self._background: set[asyncio.Task[None]] = set()
         self._next_metrics: dict[str, float] = {}  # of what happened between two steps
-        self._lost_in_a_row = 0
         self._learner_waits = self._told_of_equal_rewards = False
 
     async def run(self) -> None:
@@ -137,10 +138,13 @@ class Loops:
         unblocked by: a commit, or a drop.
         produces: one ``group_task`` per question.
         """
-        group_size = self.plan.spec.group_size
         while True:
             wanted = self.plan.steps * self.plan.prompts_per_batch - self.ledger.groups_trained - self.ledger.num_groups
-            if wanted > 0 and may_start(lead=self.ledger.lead, group_size=group_size, limit=self._limit):
+            if wanted > 0 and may_start(
+                groups_standing=self.ledger.num_groups,
+                prompts_per_batch=self.plan.prompts_per_batch,
+                max_staleness=self.plan.max_staleness,
+            ):
                 prompt = self.parts.source.next()
                 min_step = min_engine_step(
                     groups_trained=self.ledger.groups_trained,
@@ -148,7 +152,7 @@ class Loops:
                     prompts_per_batch=self.plan.prompts_per_batch,
                     max_staleness=self.plan.max_staleness,
                 )
-                self.ledger.submit(prompt, group_size)
+                self.ledger.submit(prompt, self.plan.spec.num_members)
                 self._spawn(tasks, self.group_task(prompt, min_step))
             else:
                 self._lead_fell.clear()
@@ -160,24 +164,26 @@ class Loops:
         consumes: one question.
         waits for: an engine with free slots, its answers, their rewards.
         unblocked by: released slots, a proven weight version; deadlines bound each wait.
-        produces: a scored group in the buffer, or drops by cause and the question asked again.
+        produces: a scored group in the buffer; or drops by cause, and this question or another one asked in its place.
         """
+        num_members = self.plan.spec.num_members
         try:
-            self.ledger.move(prompt.group_id, Stage.PARKED, self.plan.spec.group_size)
-            engine = await self.roster.acquire(self.plan.spec.group_size, min_step)
-            self.ledger.move(prompt.group_id, Stage.RUNNING, self.plan.spec.group_size)
-            group = self._close(await self._play(engine, prompt, self.plan.spec))
-            if group.rollouts:
-                self.ledger.move(prompt.group_id, Stage.SCORING, len(group.rollouts))
-                group = self._close(await self._score(group))
+            self.ledger.move(prompt.group_id, Stage.PARKED, num_members)
+            engine = await self.roster.acquire(num_members, min_step)
+            self.ledger.move(prompt.group_id, Stage.RUNNING, num_members)
+            group = self.attrition.close(await self._play(engine, prompt, self.plan.spec))
         except EngineLost as error:
-            self.ledger.drop_rest(prompt.group_id, DropCause.ENGINE_LOST)
-            self._lose_group(prompt, f"{DropCause.ENGINE_LOST.value}: {error}", ask_again=True)
+            self.attrition.lose_engine(prompt, error)
             return
+        if group.rollouts:
+            self.ledger.move(prompt.group_id, Stage.SCORING, len(group.rollouts))
+            group = self.attrition.close(await self._score(self.parts.scorer, group))
+        if group.rollouts:
+            group = self.attrition.select(group)
         if group.rollouts:
             self.ledger.move(prompt.group_id, Stage.BUFFERED, len(group.rollouts))
             await self._buffer(self.parts.buffer.put(group))
-            self._lost_in_a_row = 0
+            self.attrition.arrive()
 
     async def train_loop(self, tasks: asyncio.TaskGroup) -> None:
         """Train until ``plan.steps`` batches are done, or a stop; the next batch is fetched while one is trained.
@@ -275,11 +281,11 @@ class Loops:
             await self.sync.lose(engine, str(error))
             raise EngineLost(str(error)) from error
         finally:
-            self.roster.release(engine, spec.group_size)
+            self.roster.release(engine, spec.num_members)
 
-    async def _score(self, group: RolloutGroup) -> RolloutGroup:
+    async def _score(self, scorer: Scorer, group: RolloutGroup) -> RolloutGroup:
         who = f"the rewards of {group.group_id}"
-        return await within(self.plan.score_timeout_s, who, self.parts.scorer.score(group))
+        return await within(self.plan.score_timeout_s, who, scorer.score(group))
 
     async def _next_lease(self, step: int) -> Lease:
         """Wait for the batch to be trained at ``step``; what is too old by then leaves by name and is asked again."""
@@ -287,7 +293,7 @@ class Loops:
         while True:
             take = await self._buffer(self.parts.buffer.take(self.plan.prompts_per_batch, step, TAKE_WAIT_S))
             for group in take.shrunk:
-                self._close(group)
+                self.attrition.close(group)
             if take.lease is not None:
                 for group in take.lease.groups:
                     self.ledger.move(group.group_id, Stage.LEASED, len(group.rollouts))
@@ -340,37 +346,11 @@ class Loops:
             self.parts.sink.event(
                 f"step {step}: the rewards of every group are equal (mean {score:g}): nothing to learn"
             )
-        metrics |= self.sync.drain_metrics()
-        metrics |= self._next_metrics
+        metrics |= self.sync.drain_metrics() | self.attrition.drain_metrics() | self._next_metrics
         self._next_metrics = {}
         self.parts.sink.step(self.version.step, self.version, metrics)
         logged = lease.groups[: self.plan.rollouts_logged]
         self.parts.sink.rollouts(step, [replace(group, rollouts=group.rollouts[:1]) for group in logged])
-
-    def _close(self, group: RolloutGroup) -> RolloutGroup:
-        """Book what the group lost since it was last booked, and close it where too little is left."""
-        if all(rollout.reward is not None for rollout in group.rollouts) or len(group.rollouts) < MIN_BASELINE:
-            group = close_if_too_small(group)
-        num_booked = group.num_members - self.ledger.standing(group.group_id)
-        lost = group.dropped[num_booked:]
-        for member in lost:
-            self.ledger.drop(group.group_id, member.cause)
-        if lost:
-            self._lead_fell.set()
-        if not group.rollouts:
-            ask_again = not all(member.cause in FAULTS for member in group.dropped)
-            why = "; ".join(sorted({f"{member.cause.value} {member.detail}".strip() for member in group.dropped}))
-            self._lose_group(group.prompt, why, ask_again=ask_again)
-        return group
-
-    def _lose_group(self, prompt: Prompt, why: str, *, ask_again: bool) -> None:
-        if not (ask_again and self.parts.source.requeue(prompt)):
-            self.ledger.given_up += 1
-            self.parts.sink.event(f"question {prompt.draw} is given up after {prompt.attempt + 1} attempts: {why}")
-        self._lost_in_a_row += 1
-        if self._lost_in_a_row >= LOST_GROUPS_IN_A_ROW:
-            raise TooManyDrops(f"{self._lost_in_a_row} groups in a row were lost whole. The last one: {why}")
-        self._lead_fell.set()
 
     async def _evaluate(self, name: str, pass_samples: int) -> None:
         greedy, sampled = await self.evaluator.run(name, pass_samples)

@@ -130,7 +130,9 @@ class Parts:
 
     source: Source
     fleet: Fleet
-    scorer: Scorer
+    scorer: Scorer  # of what is trained: rewards, and what a teacher says
+    grader: Scorer  # of held-out answers: rewards alone
+    select: Callable[[RolloutGroup], RolloutGroup]  # what is made of a scored group: ``select.Selector``
     buffer: Buffer
     learner: Learner
     checkpoints: Checkpoints

@@ -15,6 +15,7 @@ class Plan:
         steps: batches to train.
         prompts_per_batch, max_staleness, age_policy, slots: as in the config.
         spec: sampling in training.
+        min_compared: rewards that a group needs so that its rollouts can learn.
         checkpoint_every_steps: 0 means after the last step and at a stop only.
         eval_every_steps: 0 means before and after only.
         pass_samples, pass_at: pass@k before and after; 0 samples switch it off.
@@ -30,6 +31,7 @@ class Plan:
     age_policy: str
     slots: int
     spec: PlaySpec
+    min_compared: int
     checkpoint_every_steps: int
     eval_every_steps: int
     pass_samples: int
@@ -42,5 +44,6 @@ class Plan:
     stall_s: float
 
     @property
-    def batch_rollouts(self) -> int:
-        return self.prompts_per_batch * self.spec.group_size
+    def batch_members(self) -> int:
+        """Rollouts that are played for a batch, greedy ones included."""
+        return self.prompts_per_batch * self.spec.num_members

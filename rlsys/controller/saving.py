@@ -70,6 +70,7 @@ class Saver:
             groups_trained=self._ledger.groups_trained,
             dropped=dict(self._ledger.dropped),
             given_up=self._ledger.given_up,
+            filtered=self._ledger.filtered,
             totals=self._totals.saved(self._parts.clock.now(), busy_s),
         )
         await within(self._timeout_s, who, self._parts.checkpoints.save(state))

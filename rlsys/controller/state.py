@@ -15,13 +15,14 @@ class RunState:
 
     Attributes:
         version: of the weights.
-        cursor: of the source, every draw that was handed out and neither trained nor given up included, except those of
-            ``groups``; None at the very start.
+        cursor: of the source, every draw that was handed out and neither trained, filtered nor given up included,
+            except those of ``groups``; None at the very start.
         groups: finished groups that wait to be trained, in their order.
         trained: rollouts.
         groups_trained: groups, and so draws.
         dropped: rollouts by cause.
         given_up: draws that were lost and are not asked again.
+        filtered: draws of whose groups ``algo.selection`` left nothing.
         totals: figures of the run so far, as ``Totals.saved`` gives them.
 
     Example:
@@ -36,4 +37,5 @@ class RunState:
     groups_trained: int = 0
     dropped: Mapping[DropCause, int] = field(default_factory=dict)
     given_up: int = 0
+    filtered: int = 0
     totals: Mapping[str, Any] = field(default_factory=dict)

@@ -13,14 +13,20 @@ from rlsys.records import DropCause, RolloutGroup, StopReason
 
 
 def batch_metrics(groups: Sequence[RolloutGroup], ages: Sequence[int]) -> dict[str, float]:
-    """Rewards, lengths (tokens) and staleness (``ages`` of the rollouts, steps) of trained groups."""
+    """Scores (before shaping), rewards (after it), lengths (tokens) and staleness of trained groups.
+
+    Args:
+        ages: staleness of each rollout, steps.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = [rollout.num_sampled_tokens for rollout in rollouts]
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
-    flat = [group for group in groups if len(set(group.baseline_rewards)) == 1]
+    scores = [rollout.reward - rollout.shaped_by for rollout in rollouts if rollout.reward is not None]
+    flat = [group for group in groups if len({*group.baseline_rewards, *_greedy_reward(group)}) == 1]
     return {
         **_spread("staleness", ages),
-        **_spread("critic/score", rewards),
+        **_spread("critic/score", scores),
+        **_spread("critic/rewards", rewards),
         **_spread("response_length", lengths),
         **_spread("prompt_length", [rollout.num_prompt_tokens for rollout in rollouts]),
         **reward_part_means(groups),
@@ -29,6 +35,10 @@ def batch_metrics(groups: Sequence[RolloutGroup], ages: Sequence[int]) -> dict[s
         "timing_s/gen": _mean([rollout.seconds for rollout in rollouts]),
         "perf/total_num_tokens": float(sum(rollout.token_ids_T.size for rollout in rollouts)),
     }
+
+
+def _greedy_reward(group: RolloutGroup) -> tuple[float, ...]:
+    return () if group.greedy_reward is None else (group.greedy_reward,)
 
 
 def reward_part_means(groups: Iterable[RolloutGroup]) -> dict[str, float]:

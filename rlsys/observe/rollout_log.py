@@ -26,7 +26,9 @@ SCHEMA = pa.schema(
         ("completion", pa.string()),
         ("answer", pa.string()),  # text, or JSON where it is no text
         ("reward", pa.float64()),
+        ("shaped_by", pa.float64()),  # what algo.shaping added; the reward less this is what the function gave
         ("reward_parts", pa.string()),  # JSON
+        ("turn_rewards", pa.string()),  # JSON; null where the function rewards the whole alone
         ("staleness", pa.int64()),  # steps; of the oldest trained token
         ("versions", pa.string()),  # who sampled it: "0.3 x12, 0.4 x5" is 12 tokens of version 0.3, then 5 of 0.4
         ("num_prompt_tokens", pa.int64()),
@@ -124,7 +126,9 @@ def _row(step: int, prompt: Prompt, rollout: Rollout) -> dict[str, Any]:
         "completion": rollout.completion,
         "answer": _text(prompt.answer),
         "reward": rollout.reward,
+        "shaped_by": rollout.shaped_by,
         "reward_parts": _text(rollout.reward_parts),
+        "turn_rewards": _text(rollout.turn_rewards),
         "staleness": None if oldest is None else step - oldest,
         "versions": _describe_versions(rollout),
         "num_prompt_tokens": rollout.num_prompt_tokens,

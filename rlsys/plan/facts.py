@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlsys.buffer.staleness import lead_limit
-from rlsys.config.schema import Config, Row
+from rlsys.config.schema import Config
 from rlsys.plan.space import Space, in_units
 from rlsys.prompts.source import PromptSource
 
@@ -75,11 +75,6 @@ def of_space(config: Config, space: Space) -> str:
     )
 
 
-def in_words(row: Row) -> str:
-    """A row as it is called: ``tis(cap=2.0)``."""
-    return f"{row.name}({', '.join(f'{name}={value!r}' for name, value in row.params.items())})"
-
-
 def _batches(config: Config) -> str:
     batch = config.rollouts_per_batch
     return (
@@ -130,18 +125,79 @@ def _evaluation(config: Config) -> str:
 
 def _objective(config: Config, rows: dict[str, str], is_ratio_loss: bool) -> list[str]:
     anchor = config.algo.anchor
-    loss = f"{rows['loss']} at the {anchor} anchor"
     correction = "" if rows["correction"].startswith("none(") else f"{rows['correction']} x "
-    rejections = [words for key, words in rows.items() if key.startswith("rejections")]
+    rejections = _in_order(rows, "rejections")
     lines = [
-        f"objective: {rows['aggregation']} of {correction}{loss}, advantages {rows['advantage']}"
+        f"objective: {rows['aggregation']} of {correction}{rows['loss']} at the {anchor} anchor{_terms(config, rows)}, "
+        f"advantages {rows['advantage']}"
         + (f", without what {' or '.join(rejections)} takes out" if rejections else "")
     ]
-    if config.train.steps_per_batch == 1 and anchor == "proximal" and is_ratio_loss:
+    if shaping := _in_order(rows, "shaping"):
+        lines.append(f"rewards: shaped by {', then '.join(shaping)}")
+    if selection := _in_order(rows, "selection"):
         lines.append(
-            "with one optimizer step a batch the loss's trust region never acts: policy and anchor are equal when the "
-            "gradient is taken, so the loss is REINFORCE" + (" x the correction" if correction else "")
+            f"groups: what is left by {', then '.join(selection)}; one left empty is replaced by another question"
         )
+    lines += [*_models(config, rows), *_inactive(config, rows, is_ratio_loss)]
     if config.rollout.max_staleness > 0 and not correction and anchor == "proximal":
         lines.append("stale tokens are trained without a correction, as algo.allow_uncorrected says")
+    return lines
+
+
+def _in_order(rows: dict[str, str], key: str) -> list[str]:
+    return [words for name, words in rows.items() if name.startswith(f"{key}.")]
+
+
+def _terms(config: Config, rows: dict[str, str]) -> str:
+    """The further terms of the loss, with their weights."""
+    algo, teacher = config.algo, config.teacher
+    terms = ""
+    if algo.kl is not None and algo.kl_in == "loss":
+        terms += f" + {algo.kl_coef:g} x {rows['kl']} to the reference"
+    if teacher.path is not None and teacher.top_k:
+        terms += f" + {teacher.coef:g} x reverse KL over the teacher's {teacher.top_k} likeliest tokens"
+    if "entropy_control" in rows:
+        terms += f" - {algo.entropy_coef:g} x entropy, {rows['entropy_control']}"
+    return terms
+
+
+def _models(config: Config, rows: dict[str, str]) -> list[str]:
+    """The models around the policy."""
+    algo, critic, teacher = config.algo, config.critic, config.teacher
+    lines = []
+    if algo.kl is not None:
+        every = algo.reference_every_steps
+        kept = f"becomes the policy every {every} batches" if every else "stays the model of the start"
+        where = "" if algo.kl_in == "loss" else f"; {algo.kl_coef:g} x {rows['kl']} is taken off the rewards"
+        lines.append(f"reference: a copy on every learner rank that {kept}{where}; weight {rows['kl_control']}")
+    if "critic.loss" in rows:
+        alone = f", alone for the first {critic.warmup_steps} batches" if critic.warmup_steps else ""
+        lines.append(
+            f"critic: starts from {critic.path or config.model.path}, {rows['critic.loss']} at learning rate "
+            f"{critic.lr:g}{alone}"
+        )
+    if teacher.path is not None:
+        how = (
+            f"reverse KL over its {teacher.top_k} likeliest tokens" if teacher.top_k else "reverse KL of sampled tokens"
+        )
+        lines.append(
+            f"teacher: {teacher.path}, {how}, weight {teacher.coef:g}, "
+            + ("added to what the rewards say" if teacher.with_reward else "the only thing that is learnt from")
+        )
+    return lines
+
+
+def _inactive(config: Config, rows: dict[str, str], is_ratio_loss: bool) -> list[str]:
+    """What in the objective does nothing."""
+    lines = []
+    if config.teacher.path is not None and not config.teacher.with_reward:
+        lines.append(
+            f"inactive: the rewards and {rows['advantage']}; they are only measured, since teacher.with_reward is false"
+        )
+    if config.train.steps_per_batch == 1 and config.algo.anchor == "proximal" and is_ratio_loss:
+        weighted = "" if rows["correction"].startswith("none(") else " x the correction"
+        lines.append(
+            "inactive: with one optimizer step a batch the loss's trust region never acts: policy and anchor are equal "
+            f"when the gradient is taken, so the loss is REINFORCE{weighted}"
+        )
     return lines

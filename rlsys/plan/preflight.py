@@ -47,12 +47,18 @@ def preflight(config: Config, *, resume: bool = False) -> Preflight:
 def run_inputs(config: Config, found: Found) -> Inputs:
     """What the actors are built from. The embedded model is made here at its first use, which takes about a minute."""
     return Inputs(
-        model_path=config.model.path if config.model.path != TINY else str(_embedded_model()),
+        model_path=_folder(config.model.path),
         longest_prompt=found.longest_prompt_tokens,
         pad_token_id=found.pad_token_id,
         reward_path=found.reward,
         source=found.source,
+        teacher_path=None if config.teacher.path is None else _folder(config.teacher.path),
+        critic_path=None if config.critic.path is None else _folder(config.critic.path),
     )
+
+
+def _folder(path: str) -> str:
+    return path if path != TINY else str(_embedded_model())
 
 
 def _embedded_model() -> Path:

@@ -1,24 +1,23 @@
-"""Looking at what a config points at: the algorithm's tables, the model's folder, the data, the reward function."""
+"""Looking at what a config points at: the model's folder, the data, the reward function."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 
-from rlsys.algo import ADVANTAGES, AGGREGATIONS, CORRECTIONS, POLICY_LOSSES
-from rlsys.algo.rows import facts_of, inputs_of
-from rlsys.algo.trial import try_row
-from rlsys.config.schema import Config, Row
+from rlsys.algo import POLICY_LOSSES
+from rlsys.algo.rows import facts_of
+from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
 from rlsys.plan import vllm_source
-from rlsys.plan.facts import Found, in_words
+from rlsys.plan.algorithm import check_rows, row_of
+from rlsys.plan.facts import Found
 from rlsys.plan.model_folder import check_model_folder, check_vocabulary, did_you_mean, load_tokenizer
 from rlsys.plan.space import is_cluster_named
+from rlsys.plan.teacher import check_teacher
 from rlsys.prompts.source import PromptSource, default_reward_path, load_questions
 from rlsys.prompts.tasks import EXACT_MATCH
 from rlsys.records import Message
@@ -27,14 +26,6 @@ from rlsys.rollout.play import opening_tokens
 from rlsys.rollout.vllm_settings import refuse_owned_arguments
 from rlsys.train.deepspeed_config import deepspeed_config
 
-# inputs that the batcher and the learner hand to rows
-FED = frozenset(
-    {
-        *("policy_logprobs_T", "anchor_logprobs_T", "proximal_logprobs_T", "behaviour_logprobs_T", "advantages_T"),
-        *("mask_T", "segments", "token_draws_T", "prompt_tokens_S", "settled"),
-        *("rewards_S", "group_starts_G", "lengths_S"),
-    }
-)
 COMPARING_REWARDS = (EXACT_MATCH, "rlsys.reward.builtin:final_number", "rlsys.reward.math_answer:math_verify_score")
 
 
@@ -58,9 +49,10 @@ def check_references(config: Config) -> Found:
     check_chat_template(tokenizer, contents)
     longest = longest_prompt_tokens(tokenizer, contents)
     check_token_budget(config, longest, model.max_positions)
+    check_teacher(config, model, longest)
     return Found(
         rows=rows,
-        is_ratio_loss=facts_of(POLICY_LOSSES[_row(config.algo.loss).name]).is_ratio_loss,
+        is_ratio_loss=facts_of(POLICY_LOSSES[row_of(config.algo.loss).name]).is_ratio_loss,
         source=PromptSource(data, seed=config.run.seed, max_requeues=config.data.max_requeues),
         longest_prompt_tokens=longest,
         # padding carries no weight, so that any token will do
@@ -93,120 +85,6 @@ def check_answers(reward: str, answers: Sequence[Any]) -> None:
             wanted=f"an answer to every question, for {reward} to compare with",
             remedy="name the answers' column in data.answer_key, or a reward function of your own in reward.path",
         )
-
-
-def check_rows(config: Config) -> dict[str, str]:
-    """Every algorithm row exists in its table, takes the parameters given, and accepts their values.
-
-    The values are tried by calling the function on three tokens.
-
-    Returns:
-        Each row in words, defaults included.
-    """
-    algo = config.algo
-    given: list[tuple[str, Row | None, Mapping[str, Callable[..., Any]]]] = [
-        ("advantage", algo.advantage, ADVANTAGES),
-        ("loss", algo.loss, POLICY_LOSSES),
-        ("correction", algo.correction, CORRECTIONS),
-        *((f"rejections.{place}", row, CORRECTIONS) for place, row in enumerate(algo.rejections or ())),
-        ("aggregation", algo.aggregation, AGGREGATIONS),
-    ]
-    words = {}
-    for key, row, table in given:
-        words[key] = check_row(f"algo.{key}", _row(row), table)
-        check_row_can_be_fed(f"algo.{key}", table[_row(row).name])
-    check_rows_fit(config)
-    return words
-
-
-def check_row_can_be_fed(key: str, function: Callable[..., Any]) -> None:
-    """The run has what the row looks at; else the loss would be another one than its name says."""
-    missing = [name for name in inputs_of(function) if name not in FED]
-    if missing or facts_of(function).gives != "rollout":
-        raise ConfigError(
-            f"{key}.name",
-            got=f"{function.__name__}, which needs what a run does not produce yet: "
-            + (", ".join(missing) or f"advantages by {facts_of(function).gives}"),
-            wanted="a row that can be computed in a run",
-            remedy="call it from rlsys.algo, or choose another row",
-        )
-
-
-def check_rows_fit(config: Config) -> None:
-    """Rows that together silently do nothing, or another thing than their names say, are refused."""
-    algo = config.algo
-    loss, aggregation = _row(algo.loss).name, _row(algo.aggregation).name
-    facts = facts_of(POLICY_LOSSES[loss])
-    if facts.aggregations and aggregation not in facts.aggregations:
-        raise ConfigError(
-            "algo.aggregation",
-            got=f"{aggregation} with the loss {loss}",
-            wanted=f"{' or '.join(facts.aggregations)}, as that loss is defined",
-            remedy=f"set algo.aggregation={{name: {facts.aggregations[0]}}}, or choose another loss",
-        )
-    if facts.anchor is not None and algo.anchor != facts.anchor:
-        raise ConfigError(
-            "algo.anchor",
-            got=f"{algo.anchor} with the loss {loss}",
-            wanted=f"{facts.anchor}, as that loss is defined",
-            remedy=f"set algo.anchor={facts.anchor}",
-        )
-    for place, row in enumerate(algo.rejections or ()):
-        if facts_of(CORRECTIONS[row.name]).keeps_count:
-            rejecting = ", ".join(name for name, function in CORRECTIONS.items() if not facts_of(function).keeps_count)
-            raise ConfigError(
-                f"algo.rejections.{place}.name",
-                got=f"{row.name}, which weighs tokens and rejects none",
-                wanted=f"one of {rejecting}",
-                remedy="give it as algo.correction instead",
-            )
-
-
-def _row(row: Row | None) -> Row:
-    """A row of a resolved config: the preset has filled it in where it was open."""
-    assert row is not None
-    return row
-
-
-def check_row(key: str, row: Row, table: Mapping[str, Callable[..., Any]]) -> str:
-    """One row of one table. Returns it in words, defaults included."""
-    function = table.get(row.name)
-    if function is None:
-        raise ConfigError(
-            f"{key}.name",
-            got=repr(row.name),
-            wanted="one of " + ", ".join(table),
-            remedy=did_you_mean(row.name, table, "choose one of these"),
-        )
-    parameters = {
-        name: parameter
-        for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    for name, value in row.params.items():
-        if name not in parameters:
-            raise ConfigError(
-                f"{key}.{name}",
-                got=f"{row.name} has no such parameter",
-                wanted="one of " + ", ".join(parameters) if parameters else f"no parameter: {row.name} has none",
-                remedy=did_you_mean(name, parameters, "remove it"),
-            )
-        _check_type(f"{key}.{name}", value, parameters[name])
-    missing = [
-        name for name, p in parameters.items() if p.default is inspect.Parameter.empty and name not in row.params
-    ]
-    if missing:
-        raise ConfigError(
-            f"{key}.{missing[0]}", got="nothing", wanted=f"a value: {row.name} needs it", remedy="write it in the row"
-        )
-    try:
-        try_row(partial(function, **row.params))
-    except (AssertionError, ValueError, TypeError) as error:
-        raise ConfigError(
-            key, got=f"{in_words(row)}: {error}", wanted="values in range", remedy=f"see the docstring of {row.name}"
-        ) from error
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
-    return in_words(Row(name=row.name, **{**defaults, **row.params}))
 
 
 def check_vllm_options(config: Config) -> None:
@@ -304,11 +182,3 @@ def check_token_budget(config: Config, longest_prompt: int, max_positions: int |
 def _most_tokens(content: str | tuple[Message, ...], template: int) -> int:
     texts = [content] if isinstance(content, str) else [message["content"] for message in content]
     return sum(len(text.encode()) + template for text in texts)
-
-
-def _check_type(key: str, value: Any, parameter: inspect.Parameter) -> None:
-    kind = parameter.annotation
-    allowed = {float: (int, float), int: (int,), bool: (bool,), str: (str,)}.get(kind)
-    if allowed is None or (isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))):
-        return
-    raise ConfigError(key, got=repr(value), wanted=f"a {kind.__name__}", remedy=f"the default is {parameter.default!r}")

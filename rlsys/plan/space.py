@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from rlsys.actors.algorithm import needs_of
+from rlsys.algo.rows import Need
 from rlsys.config.load import TINY
 from rlsys.config.schema import Config, TrainSection
 from rlsys.errors import ConfigError
@@ -23,6 +25,7 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 LENGTH_BYTES = 8  # a safetensors file begins with the length of its JSON header
 MOMENTS_BYTES = 8  # a parameter of Adam: two float32; no other optimizer of DeepSpeed's keeps more
 EXPORTED_BYTES = 4  # a parameter of the exported model
+REFERENCE_BYTES = 4  # a parameter of a reference that moves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +36,7 @@ class Space:
         num_parameters: of the model.
         shm_bytes: shared memory that its weights take.
         free_shm_bytes: None where a cluster decides which machine holds the run.
+        checkpoint_bytes: of one checkpoint, with those of the models around the policy.
         disk_bytes: what its checkpoints and the exported model take at most.
         free_disk_bytes: on the file system of ``run.root``, what the run itself holds there by now included.
     """
@@ -40,6 +44,7 @@ class Space:
     num_parameters: int
     shm_bytes: int
     free_shm_bytes: int | None
+    checkpoint_bytes: int
     disk_bytes: int
     free_disk_bytes: int
 
@@ -55,7 +60,8 @@ def check_space(config: Config) -> Space:
         num_parameters=num_parameters,
         shm_bytes=NUM_SEGMENTS * segment_bytes(num_parameters, config.model.dtype),
         free_shm_bytes=None if is_cluster_named(config) else _free_shm(),
-        disk_bytes=(config.checkpoint.keep + 1) * checkpoint_bytes(num_parameters, config.train)
+        checkpoint_bytes=_checkpoint_bytes(config, num_parameters),
+        disk_bytes=(config.checkpoint.keep + 1) * _checkpoint_bytes(config, num_parameters)
         + EXPORTED_BYTES * num_parameters,
         free_disk_bytes=_free_disk(config),
     )
@@ -93,6 +99,17 @@ def segment_bytes(num_parameters: int, dtype: str) -> int:
     return -(-num_parameters * getattr(torch, dtype).itemsize // GROWTH_BYTES) * GROWTH_BYTES
 
 
+def _checkpoint_bytes(config: Config, num_parameters: int) -> int:
+    total = checkpoint_bytes(num_parameters, config.train)
+    if Need.CRITIC in needs_of(config):
+        path = config.critic.path
+        total += checkpoint_bytes(num_parameters if path is None else count_parameters(path), config.train)
+    if config.algo.kl is not None and config.algo.reference_every_steps:
+        shares = 1 if config.train.zero_stage == 3 else config.train.ranks  # every rank keeps what it holds
+        total += REFERENCE_BYTES * num_parameters * shares
+    return total
+
+
 def checkpoint_bytes(num_parameters: int, train: TrainSection) -> int:
     """What DeepSpeed writes: the weights (a ZeRO-3 model has none beside the optimizer's), the optimizer's own float32
     copy of them (unless the weights are float32 and whole), and the moments."""
@@ -126,7 +143,7 @@ def _check_shm(config: Config, space: Space) -> None:
 def _check_disk(config: Config, space: Space) -> None:
     if space.disk_bytes <= space.free_disk_bytes:
         return
-    number, one = config.checkpoint.keep + 1, in_units(checkpoint_bytes(space.num_parameters, config.train))
+    number, one = config.checkpoint.keep + 1, in_units(space.checkpoint_bytes)
     model = in_units(EXPORTED_BYTES * space.num_parameters)
     raise ConfigError(
         f"run.root={config.run.root}",

@@ -15,7 +15,7 @@ import reprlib
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from rlsys.errors import RlsysError
 from rlsys.records import DropCause, Prompt
 from rlsys.reward.load import RewardFunction, arguments_for, is_async_reward
-from rlsys.reward.result import Outcome, RewardFailure, RewardResult
+from rlsys.reward.result import Completion, Outcome, RewardFailure, RewardResult
 
 
 class DeadlinePassed(BaseException):
@@ -34,7 +34,9 @@ class NoNumber(ValueError):
     """What a reward function returned is not a finite number."""
 
 
-def score_members(function: RewardFunction, prompt: Prompt, completions: list[str], timeout_s: float) -> list[Outcome]:
+def score_members(
+    function: RewardFunction, prompt: Prompt, completions: list[Completion], timeout_s: float
+) -> list[Outcome]:
     """Score the completions of one prompt; the outcomes stand in the order of ``completions``.
 
     A plain function is called one completion after another, each with ``timeout_s`` of its own, kept by SIGALRM: this
@@ -118,15 +120,36 @@ def _timed_out(timeout_s: float) -> RewardFailure:
 
 
 def _read(value: Any) -> RewardResult:
-    """What the function returned, as a reward. Raises NoNumber."""
+    """What the function returned, as a reward of plain numbers. Raises NoNumber."""
     if not isinstance(value, RewardResult):
         return RewardResult(reward=_number("the reward", value))
     if not isinstance(value.parts, Mapping):
         raise NoNumber(f"RewardResult.parts is {reprlib.repr(value.parts)}; it must map names to numbers")
+    turns, tokens = _numbers("turn_rewards", value.turn_rewards), _numbers("token_rewards", value.token_rewards)
     return RewardResult(
-        reward=_number("the reward", value.reward),
+        reward=_whole(value.reward, turns, tokens),
         parts={str(name): _number(f"the part {name!r} of the reward", part) for name, part in value.parts.items()},
+        turn_rewards=turns,
+        token_rewards=tokens,
     )
+
+
+def _whole(reward: Any, turns: tuple[float, ...] | None, tokens: tuple[float, ...] | None) -> float:
+    if reward is None and turns is not None and tokens is not None:
+        raise NoNumber(
+            "RewardResult.reward is None beside turn_rewards and token_rewards: give it, or one of them only"
+        )
+    if reward is None and (turns is not None or tokens is not None):
+        reward = math.fsum(turns or tokens or ())
+    return _number("the reward", reward)
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise NoNumber(f"RewardResult.{name} is {reprlib.repr(values)}; it must be a sequence of numbers")
+    return tuple(_number(f"RewardResult.{name}[{index}]", value) for index, value in enumerate(values))
 
 
 def _number(what: str, value: Any) -> float:

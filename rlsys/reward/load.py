@@ -1,8 +1,10 @@
 """Find the reward function that ``reward.path`` names, and check that it can be called.
 
 A reward function is called with keywords: ``prompt`` (text or a list of messages), ``completion`` (text), ``answer``,
-and every other column of the data. One without ``**fields`` gets only the columns it names. A column that is itself
-called prompt, completion or answer never hides these three.
+and every other column of the data. One without ``**fields`` gets only the columns it names. One that rewards single
+tokens or turns may name two more: ``completion_ids`` (list of int: every sampled token of the rollout, those of all its
+turns one after another) and ``turn_lengths`` (list of int: sampled tokens of each turn). A column of the data that has
+one of these names never hides them.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from typing import Any
 
 from rlsys.errors import ConfigError
 from rlsys.records import Prompt
+from rlsys.reward.result import Completion
 
 RewardFunction = Callable[..., Any]
 
 ALWAYS_PASSED = ("prompt", "completion", "answer")
+PASSED_WHERE_NAMED = ("completion_ids", "turn_lengths")
 WANTED = "def reward(prompt, completion, answer, **fields) -> float, plain or async"
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -63,7 +67,7 @@ def is_async_reward(function: RewardFunction) -> bool:
 
 
 def check_reward(function: RewardFunction, sample_fields: Iterable[str]) -> None:
-    """Check that the data holds every argument that the function requires beyond the three it is always given.
+    """Check that the data holds every argument that the function requires beyond those it is given anyway.
 
     Args:
         sample_fields: names of the data's other columns.
@@ -71,10 +75,11 @@ def check_reward(function: RewardFunction, sample_fields: Iterable[str]) -> None
     Raises:
         ConfigError: an argument without a default is no column of the data.
     """
-    fields = sorted(set(sample_fields) - set(ALWAYS_PASSED))
+    passed = {*ALWAYS_PASSED, *PASSED_WHERE_NAMED}
+    fields = sorted(set(sample_fields) - passed)
     for parameter in inspect.signature(function).parameters.values():
         required = parameter.kind in _BY_KEYWORD and parameter.default is inspect.Parameter.empty
-        if required and parameter.name not in ALWAYS_PASSED and parameter.name not in fields:
+        if required and parameter.name not in passed and parameter.name not in fields:
             nearest = get_close_matches(parameter.name, fields, n=1)
             hint = f"Did you mean the column {nearest[0]}? " if nearest else ""
             raise ConfigError(
@@ -85,17 +90,19 @@ def check_reward(function: RewardFunction, sample_fields: Iterable[str]) -> None
             )
 
 
-def arguments_for(function: RewardFunction, prompt: Prompt, completion: str) -> dict[str, Any]:
+def arguments_for(function: RewardFunction, prompt: Prompt, completion: Completion) -> dict[str, Any]:
     """Keywords of one call. Messages are copied, so that a function that changes them changes only its own."""
     content: Any = prompt.content
     if not isinstance(content, str):
         content = [dict(message) for message in content]
-    given = {**prompt.fields, "prompt": content, "completion": completion, "answer": prompt.answer}
+    given = {**prompt.fields, "prompt": content, "completion": completion.text, "answer": prompt.answer}
+    tokens = {"completion_ids": list(completion.token_ids), "turn_lengths": list(completion.turn_lengths)}
     parameters = inspect.signature(function).parameters.values()
+    named = {parameter.name for parameter in parameters if parameter.kind in _BY_KEYWORD}
+    given |= {name: value for name, value in tokens.items() if name in named}
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return given
-    named = [parameter.name for parameter in parameters if parameter.kind in _BY_KEYWORD]
-    return {name: given[name] for name in named if name in given}
+    return {name: value for name, value in given.items() if name in named}
 
 
 def _import_module(path: str, name: str) -> ModuleType:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from rlsys.errors import TooManyDrops, WaitTimeout
 from rlsys.records import DropCause, Prompt, Rollout, RolloutGroup
-from rlsys.reward.result import Outcome, RewardFailure, RewardResult, WorkerDied
+from rlsys.reward.result import Completion, Outcome, RewardFailure, RewardResult, WorkerDied
 
 GRACE_S = 5.0  # what a call to a worker may take beyond the deadlines of its members: messages, a loaded machine
 RESTART_TIMEOUT_S = 120.0  # a new process imports the user's module, which may load much
@@ -19,7 +19,7 @@ class RewardWorker(Protocol):
     """A process that runs ``score_members``. It is ready when handed to the pool, and again when ``restart`` returns:
     the pool's deadlines begin with a call, and starting the process must not count."""
 
-    async def score(self, prompt: Prompt, completions: list[str]) -> list[Outcome]:
+    async def score(self, prompt: Prompt, completions: list[Completion]) -> list[Outcome]:
         """One outcome per completion, in their order. Raises WorkerDied."""
         ...
 
@@ -73,16 +73,17 @@ class RewardPool:
         """
         if not group.rollouts:
             return group
-        completions = [rollout.completion for rollout in group.rollouts]
+        completions = [Completion.of(rollout) for rollout in group.rollouts]
         index = await self._free.get()
         try:
             outcomes = await self._score_on(index, group.prompt, completions)
         finally:
             self._free.put_nowait(index)
+        outcomes = [_fitting(outcome, completion) for outcome, completion in zip(outcomes, completions, strict=True)]
         self._row.add(outcomes)
         return _with_outcomes(group, outcomes)
 
-    async def _score_on(self, index: int, prompt: Prompt, completions: list[str]) -> list[Outcome]:
+    async def _score_on(self, index: int, prompt: Prompt, completions: list[Completion]) -> list[Outcome]:
         together = await self._ask(index, prompt, completions)
         if not isinstance(together, RewardFailure):
             return together
@@ -92,7 +93,7 @@ class RewardPool:
             outcomes += [alone] if isinstance(alone, RewardFailure) else alone
         return outcomes
 
-    async def _ask(self, index: int, prompt: Prompt, completions: list[str]) -> list[Outcome] | RewardFailure:
+    async def _ask(self, index: int, prompt: Prompt, completions: list[Completion]) -> list[Outcome] | RewardFailure:
         """One call to a worker: its outcomes, or for what the worker had to be restarted."""
         if index in self._unfit:
             await self._restart(index)
@@ -152,6 +153,23 @@ class _DropRow:
                 )
 
 
+def _fitting(outcome: Outcome, completion: Completion) -> Outcome:
+    """The outcome; a failure where it rewards other turns or tokens than there are."""
+    if isinstance(outcome, RewardFailure):
+        return outcome
+    for name, rewards, wanted in (
+        ("turn", outcome.turn_rewards, len(completion.turn_lengths)),
+        ("token", outcome.token_rewards, len(completion.token_ids)),
+    ):
+        if rewards is not None and len(rewards) != wanted:
+            return RewardFailure(
+                cause=DropCause.REWARD_ERROR,
+                detail=f"RewardResult.{name}_rewards holds {len(rewards)} numbers; the rollout has {wanted} "
+                f"{'turns' if name == 'turn' else 'sampled tokens'}, and each needs one",
+            )
+    return outcome
+
+
 def _with_outcomes(group: RolloutGroup, outcomes: Sequence[Outcome]) -> RolloutGroup:
     scored: list[Rollout] = []
     failed: dict[str, RewardFailure] = {}
@@ -160,7 +178,15 @@ def _with_outcomes(group: RolloutGroup, outcomes: Sequence[Outcome]) -> RolloutG
             failed[rollout.rollout_id] = outcome
             scored.append(rollout)
         else:
-            scored.append(replace(rollout, reward=outcome.reward, reward_parts=dict(outcome.parts)))
+            scored.append(
+                replace(
+                    rollout,
+                    reward=outcome.reward,
+                    reward_parts=dict(outcome.parts),
+                    turn_rewards=None if outcome.turn_rewards is None else tuple(outcome.turn_rewards),
+                    token_rewards=None if outcome.token_rewards is None else tuple(outcome.token_rewards),
+                )
+            )
     group = replace(group, rollouts=tuple(scored))
     for rollout_id, failure in failed.items():
         group = group.drop({rollout_id: failure.cause}, failure.detail)

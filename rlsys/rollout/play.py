@@ -1,4 +1,5 @@
-"""One group: the same prompt played ``group_size`` times through an environment, on one engine.
+"""One group: the same prompt played ``group_size`` times through an environment, on one engine; and once more greedily,
+where the reward of the greedy answer is to be the baseline.
 
 Tokens in, tokens out: what was sampled is never tokenised again. A further turn's context is everything so far plus the
 tokens of the environment's messages.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from os.path import commonprefix
 from typing import Any
@@ -35,22 +36,31 @@ from rlsys.rollout.engine import Engine, GenerateRequest
 
 Tokenizer = Any  # a tokenizer of transformers; its type would import torch
 
+GREEDY = "greedy"  # in place of a member's index
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlaySpec:
     """How a group is to be sampled.
 
     Attributes:
-        group_size: number of rollouts.
+        group_size: number of rollouts to be trained.
         temperature: 0 means greedy.
         max_tokens: most sampled tokens per turn.
         seed: base seed; each rollout derives its own from it and its id.
+        greedy_baseline: play one member more, greedily, of which only the reward is wanted.
     """
 
     group_size: int
     temperature: float
     max_tokens: int
     seed: int
+    greedy_baseline: bool = False
+
+    @property
+    def num_members(self) -> int:
+        """Rollouts that are played, the greedy one included."""
+        return self.group_size + self.greedy_baseline
 
 
 async def play_group(
@@ -77,7 +87,7 @@ async def play_group(
 
     opening_of = _Openings(tokenizer)
 
-    async def play(member: int) -> Rollout | DroppedRollout:
+    async def play(member: int | str, spec: PlaySpec) -> Rollout | DroppedRollout:
         rollout_id = f"{prompt.group_id}/{member}"
         rows = _Rows(rollout_id=rollout_id, seed=rollout_seed(spec.seed, rollout_id))
         started = clock.now()
@@ -89,7 +99,9 @@ async def play_group(
             return DroppedRollout(rollout_id=rollout_id, cause=DropCause.EMPTY)
         return rows.rollout(engine_name, clock.now() - started)
 
-    tasks = [asyncio.create_task(play(member)) for member in range(spec.group_size)]
+    tasks = [asyncio.create_task(play(member, spec)) for member in range(spec.group_size)]
+    if spec.greedy_baseline:
+        tasks.append(asyncio.create_task(play(GREEDY, replace(spec, temperature=0.0))))
     try:
         members = await asyncio.gather(*tasks)
     finally:
@@ -101,6 +113,11 @@ async def play_group(
         rollouts=tuple(member for member in members if isinstance(member, Rollout)),
         dropped=tuple(member for member in members if isinstance(member, DroppedRollout)),
     )
+
+
+def greedy_id(group_id: str) -> str:
+    """Rollout id of a group's greedy member."""
+    return f"{group_id}/{GREEDY}"
 
 
 def rollout_seed(seed: int, rollout_id: str) -> int:

@@ -7,10 +7,8 @@ resume; probe; hand out. What finishes between resume and proof is held back unt
 from __future__ import annotations
 
 import asyncio
-import difflib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import fields
 from time import perf_counter
 
 import numpy as np
@@ -18,16 +16,15 @@ from numpy.typing import NDArray
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import VLLMClientError, VLLMServerError
-from vllm.inputs.engine import tokens_input
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from rlsys.errors import ConfigError, EngineLost, RequestRefused, WaitTimeout, WeightsRefused
+from rlsys.errors import EngineLost, RequestRefused, WaitTimeout, WeightsRefused
 from rlsys.records import LoadReport, StopReason, Turn, Version, WeightVersion
 from rlsys.rollout.engine import GenerateRequest
+from rlsys.rollout.vllm_process import VllmProcess, check_arguments, final_output
 from rlsys.rollout.vllm_settings import VllmSettings
 from rlsys.weights.probe import TOLERANCE, check_probe
 from rlsys.weights.segment import SegmentReader
@@ -49,15 +46,14 @@ class VllmEngine:
     """
 
     def __init__(self, name: str, settings: VllmSettings) -> None:
-        _check_arguments(settings)
+        check_arguments("rollout.vllm", settings.vllm)
         self._name, self._settings = name, settings
-        self._llm: AsyncLLM | None = None
         self._version: Version | None = None
-        self._lost: str | None = None
-        self._in_flight: set[str] = set()
         self._loading = asyncio.Lock()
         self._proven = asyncio.Event()  # clear while a version is loaded but not proven
         self._proven.set()
+        # at a loss whoever waits for the proof wakes up and finds the engine lost
+        self._process = VllmProcess(name, on_loss=self._proven.set)
 
     @property
     def version(self) -> Version | None:
@@ -69,41 +65,24 @@ class VllmEngine:
             **self._settings.arguments(on_cpu=current_platform.is_cpu()),
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         )
-        seconds = self._settings.start_timeout_s
-        try:
-            async with asyncio.timeout(seconds):
-                # in a thread: it blocks until the engine's processes are up
-                llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
-                self._llm = llm
-                await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info()))
-        except TimeoutError:
-            raise WaitTimeout(f"engine {self._name} to start", seconds) from None
-        except (RuntimeError, ValueError, OSError, VLLMServerError) as error:
-            raise EngineLost(f"engine {self._name} did not start: {type(error).__name__}: {error}") from error
+        await self._process.start(arguments, self._settings.start_timeout_s, _prepare_transfer)
 
     async def generate(self, request: GenerateRequest) -> Turn:
         """Raises RequestRefused (this request cannot be served) or EngineLost."""
-        llm = self._alive()
+        self._process.alive()
         if self._version is None:
             raise RequestRefused(f"engine {self._name} serves no proven version yet")
-        self._in_flight.add(request.request_id)
-        try:
-            async with self._deadline(f"request {request.request_id}"):
-                try:
-                    output = await _final_output(llm, request.token_ids, _sampling(request), request.request_id)
-                except VLLMClientError as error:
-                    raise RequestRefused(f"engine {self._name} refused {request.request_id}: {error}") from error
-                await self._proven.wait()
-        finally:
-            self._in_flight.discard(request.request_id)
-        self._alive()
+        async with self._deadline(f"request {request.request_id}"):
+            output = await self._process.answer(request.token_ids, _sampling(request), request.request_id)
+            await self._proven.wait()
+        self._process.alive()
         return self._turn(output.outputs[0], request.request_id)
 
     async def load_weights(self, weights: WeightVersion) -> LoadReport:
         """One load at a time. Raises WeightsRefused: before the swap (then the engine goes on serving what it served),
         or after a failed probe (then it serves nothing any more); or EngineLost."""
         async with self._loading:
-            llm = self._alive()
+            llm = self._process.alive()
             started = perf_counter()
             try:
                 async with self._deadline(f"weights {weights.version}"):
@@ -113,10 +92,10 @@ class VllmEngine:
                     await self._swap(llm, weights)
                     # the probe is queued before the engine goes on, so that it is in the first batch
                     answers, resumed = await asyncio.gather(self._answer_probe(llm, weights), _resume(llm))
-                    difference = self._prove(weights, answers)
+                    difference = await self._prove(weights, answers)
             finally:
                 if not self._proven.is_set():  # broken off on the way: the model is torn, or paused, or unproven
-                    await self._lose(f"the swap to version {weights.version} did not reach its proof")
+                    await self._process.lose(f"the swap to version {weights.version} did not reach its proof")
             return LoadReport(
                 engine=self._name,
                 version=weights.version,
@@ -127,10 +106,7 @@ class VllmEngine:
 
     async def stop(self) -> None:
         """Shut the engine's processes down. Whatever is still in flight raises EngineLost."""
-        await self._lose("it was stopped")
-        if self._llm is not None:
-            await asyncio.to_thread(self._llm.shutdown)
-            self._llm = None
+        await self._process.stop()
 
     async def _swap(self, llm: AsyncLLM, weights: WeightVersion) -> None:
         self._proven.clear()
@@ -143,7 +119,7 @@ class VllmEngine:
         """Log-probabilities of the probe's tokens as the engine computes them now, float32 [T] each."""
         outputs = await asyncio.gather(
             *(
-                _final_output(
+                final_output(
                     llm, token_ids_T.tolist(), _PROBE_SAMPLING, f"probe-{weights.version}-{index}", PROBE_PRIORITY
                 )
                 for index, token_ids_T in enumerate(weights.probe.token_ids)
@@ -151,12 +127,12 @@ class VllmEngine:
         )
         return [_prompt_logprobs(output) for output in outputs]
 
-    def _prove(self, weights: WeightVersion, answers: list[NDArray[np.float32]]) -> float:
+    async def _prove(self, weights: WeightVersion, answers: list[NDArray[np.float32]]) -> float:
         tolerance = TOLERANCE[self._settings.dtype]
         try:
             difference = check_probe(answers, weights.probe, weights.previous_probe, tolerance)
         except WeightsRefused as error:
-            self._lost = f"version {weights.version} failed its proof: {error}"
+            await self._process.lose(f"version {weights.version} failed its proof: {error}")
             raise WeightsRefused(f"engine {self._name}, version {weights.version}: {error}") from error
         self._version = weights.version
         self._proven.set()
@@ -176,39 +152,17 @@ class VllmEngine:
             stop_reason=stop_reason,
         )
 
-    def _alive(self) -> AsyncLLM:
-        if self._lost is not None:
-            raise EngineLost(f"engine {self._name} is lost: {self._lost}")
-        if self._llm is None:
-            raise EngineLost(f"engine {self._name} was not started")
-        return self._llm
-
-    async def _lose(self, reason: str) -> None:
-        """Serve nothing from now on, and end what is in flight."""
-        self._lost = self._lost or reason
-        self._proven.set()  # whoever waits for the proof wakes up and finds the engine lost
-        if self._llm is not None:
-            await self._llm.abort(tuple(self._in_flight))
-
     @asynccontextmanager
     async def _deadline(self, what: str) -> AsyncIterator[None]:
-        """A boundary to the engine's processes: an answer that does not come in time, and every failure on their
-        side, means that the engine is lost."""
+        """A boundary to the engine's processes: an answer that does not come in time, as every failure on their side,
+        means that the engine is lost."""
         seconds = self._settings.timeout_s
         try:
-            async with asyncio.timeout(seconds):
+            async with self._process.boundary(what), asyncio.timeout(seconds):
                 yield
-        except (RequestRefused, WeightsRefused, EngineLost):
-            raise
         except TimeoutError:
-            await self._lose(str(WaitTimeout(f"{what} on engine {self._name}", seconds)))
-            raise self._loss() from None
-        except Exception as error:  # vLLM hands failures of its worker process over as plain Exception
-            await self._lose(f"{what}: {type(error).__name__}: {error}")
-            raise self._loss() from error
-
-    def _loss(self) -> EngineLost:
-        return EngineLost(f"engine {self._name} is lost: {self._lost}")
+            await self._process.lose(str(WaitTimeout(f"{what} on engine {self._name}", seconds)))
+            raise self._process.loss() from None
 
 
 _PROBE_SAMPLING = SamplingParams(
@@ -234,20 +188,14 @@ def _sampling(request: GenerateRequest) -> SamplingParams:
     )
 
 
+async def _prepare_transfer(llm: AsyncLLM) -> None:
+    await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info()))
+
+
 async def _resume(llm: AsyncLLM) -> float:
     """Returns when it went on, as ``perf_counter`` tells it."""
     await llm.resume_generation()
     return perf_counter()
-
-
-async def _final_output(
-    llm: AsyncLLM, token_ids: list[int], sampling: SamplingParams, request_id: str, priority: int = 0
-) -> RequestOutput:
-    final = None
-    async for output in llm.generate(tokens_input(token_ids), sampling, request_id, priority=priority):
-        final = output
-    assert final is not None  # vLLM yields the final output or raises
-    return final
 
 
 def _prompt_logprobs(output: RequestOutput) -> NDArray[np.float32]:
@@ -259,16 +207,3 @@ def _prompt_logprobs(output: RequestOutput) -> NDArray[np.float32]:
 
 def _verify(weights: WeightVersion) -> None:
     SegmentReader(weights.segment, weights.tensors).verify()
-
-
-def _check_arguments(settings: VllmSettings) -> None:
-    known = [argument.name for argument in fields(AsyncEngineArgs)]
-    for key in settings.vllm:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(
-                f"rollout.vllm.{key}",
-                got=repr(settings.vllm[key]),
-                wanted="an engine argument of vLLM",
-                remedy=f"did you mean {near[0]}?" if near else "remove it",
-            )

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlsys.buffer.replay import ReplayBuffer
 from rlsys.controller.loops import Loops
 from rlsys.controller.parts import Parts
 from rlsys.controller.plan import Plan
+from rlsys.controller.select import Selector
 from rlsys.records import RolloutGroup, Version
 from rlsys.rollout.play import PlaySpec
 from rlsys.rollout.sim_engine import SimEngine, learning_answer
 from rlsys.sim.clock import VirtualClock
 from rlsys.sim.fleet import VOCAB_SIZE, SimCheckpoints, SimDisk, SimFleet, SimLearner, SimScorer, doubled, sim_source
 from rlsys.weights.pool import NUM_SEGMENTS, SegmentPool
+
+MAX_TOKENS = 16  # of an answer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +28,8 @@ class World:
 
     Attributes:
         crashes: engine index to the moment at which it dies.
+        shaping: rows of SHAPINGS, parameters bound.
+        selection: names and rows of SELECTIONS, parameters bound.
     """
 
     steps: int = 10
@@ -47,6 +53,9 @@ class World:
     score_timeout_s: float = 60.0
     stall_s: float = 120.0
     crashes: Mapping[int, float] = field(default_factory=dict)
+    greedy_baseline: bool = False
+    shaping: Sequence[Callable[..., Any]] = ()
+    selection: Sequence[tuple[str, Callable[..., Any]]] = ()
 
 
 class RecordingSink:
@@ -113,6 +122,8 @@ def simulate(
             source=sim_source(world.num_questions, world.num_eval, world.seed),
             fleet=fleet,
             scorer=SimScorer(clock, world.score_s),
+            grader=SimScorer(clock, world.score_s),
+            select=_selector(world),
             buffer=ReplayBuffer(max_staleness=world.max_staleness, age_policy=world.age_policy),
             learner=learner,
             checkpoints=SimCheckpoints(clock, disk, world.save_s),
@@ -144,6 +155,12 @@ def _engine(world: World, index: int, clock: VirtualClock) -> SimEngine:
     return SimEngine(f"rollout-{index}", clock, answer, tokens_per_s=world.tokens_per_s * (1 + 0.3 * index))
 
 
+def _selector(world: World) -> Selector:
+    return Selector(
+        shaping=world.shaping, selection=world.selection, correct_at=1.0, max_tokens=MAX_TOKENS, seed=world.seed
+    )
+
+
 def _plan(world: World) -> Plan:
     return Plan(
         steps=world.steps,
@@ -151,7 +168,14 @@ def _plan(world: World) -> Plan:
         max_staleness=world.max_staleness,
         age_policy=world.age_policy,
         slots=world.slots,
-        spec=PlaySpec(group_size=world.group_size, temperature=1.0, max_tokens=16, seed=world.seed),
+        min_compared=2,
+        spec=PlaySpec(
+            group_size=world.group_size,
+            temperature=1.0,
+            max_tokens=MAX_TOKENS,
+            seed=world.seed,
+            greedy_baseline=world.greedy_baseline,
+        ),
         checkpoint_every_steps=world.checkpoint_every_steps,
         eval_every_steps=world.eval_every_steps,
         pass_samples=0,

@@ -4,12 +4,13 @@
 
     layout.json        ranks and ZeRO stage that wrote it (rank 0); read without torch, so before an actor starts
     deepspeed/         weights, optimizer and learning-rate schedule, as DeepSpeed writes them, every rank its part
-    rng_<rank>.pt      torch's generators of each rank
+    rank_<rank>.pt     torch's generators of each rank, and what else it holds of its own
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,15 @@ def check_layout(folder: Path | str, layout: Layout) -> None:
             )
 
 
-def save_state(engine: Any, folder: Path | str, *, rank: int, layout: Layout, device: str) -> None:
+def save_state(
+    engine: Any, folder: Path | str, *, rank: int, layout: Layout, device: str, own: Mapping[str, Any]
+) -> None:
     """Write the state of every rank into ``folder``, which they all see. A collective: all files are there when it
     returns, on every rank.
 
     Args:
         engine: DeepSpeed's.
+        own: plain values and tensors of this rank, which ``load_state`` gives back.
 
     Raises:
         CheckpointFailed: on every rank alike, where one of them could not write. The engine can go on.
@@ -65,7 +69,7 @@ def save_state(engine: Any, folder: Path | str, *, rank: int, layout: Layout, de
     failure: str | None = None
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        _save_own(Path(folder), rank, layout, device)
+        _save_own(Path(folder), rank, layout, device, own)
     except _WRITE_ERRORS as error:
         failure = repr(error)
     _agree(failure, folder, device)
@@ -79,8 +83,11 @@ def save_state(engine: Any, folder: Path | str, *, rank: int, layout: Layout, de
     _agree(writer.failure, folder, device)
 
 
-def load_state(engine: Any, folder: Path | str, *, rank: int, device: str) -> None:
+def load_state(engine: Any, folder: Path | str, *, rank: int, device: str) -> Mapping[str, Any]:
     """Take up the state that ``save_state`` wrote, into a new engine of the same layout. A collective.
+
+    Returns:
+        What ``save_state`` was given as ``own``.
 
     Raises:
         CheckpointDamaged: there are no files of DeepSpeed's.
@@ -90,10 +97,12 @@ def load_state(engine: Any, folder: Path | str, *, rank: int, device: str) -> No
     path, _ = engine.load_checkpoint(str(folder), tag=_TAG)
     if path is None:
         raise CheckpointDamaged(f"{folder} holds no learner: DeepSpeed finds none of its files in {_TAG}/")
-    states = torch.load(_rng_path(Path(folder), rank), weights_only=True)
-    torch.set_rng_state(states["cpu"])
+    of_rank = torch.load(_rank_path(Path(folder), rank), weights_only=True)
+    torch.set_rng_state(of_rank["generators"]["cpu"])
     if device == "cuda":
-        torch.cuda.set_rng_state(states["cuda"])
+        torch.cuda.set_rng_state(of_rank["generators"]["cuda"])
+    own: Mapping[str, Any] = of_rank["own"]
+    return own
 
 
 class _ToldWriter:
@@ -124,19 +133,19 @@ def _copy_nothing(folder: str) -> None:
     """In place of DeepSpeed's copying of two of its own scripts into every checkpoint."""
 
 
-def _save_own(folder: Path, rank: int, layout: Layout, device: str) -> None:
+def _save_own(folder: Path, rank: int, layout: Layout, device: str, own: Mapping[str, Any]) -> None:
     import torch
 
     if rank == 0:
         (folder / _LAYOUT).write_text(json.dumps(asdict(layout)) + "\n")
-    states = {"cpu": torch.get_rng_state()}
+    generators = {"cpu": torch.get_rng_state()}
     if device == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state()
-    torch.save(states, _rng_path(folder, rank))
+        generators["cuda"] = torch.cuda.get_rng_state()
+    torch.save({"generators": generators, "own": dict(own)}, _rank_path(folder, rank))
 
 
-def _rng_path(folder: Path, rank: int) -> Path:
-    return folder / f"rng_{rank}.pt"
+def _rank_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}.pt"
 
 
 def _agree(failure: str | None, folder: Path | str, device: str) -> None:

@@ -1,13 +1,11 @@
-"""One rank of the learner: DeepSpeed around a Hugging Face model. A plain class; actors/ puts it into a process.
+"""One rank of the learner: the policy under DeepSpeed, and the models around it. A plain class; actors/ puts it into a
+process.
 
 Legend: R rows, L tokens of a row.
 """
 
 from __future__ import annotations
 
-import functools
-import gc
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +20,20 @@ from rlsys.algo.measures import Mean, Measure, merge
 from rlsys.algo.objective import RowsSettled
 from rlsys.batch.tensors import Microbatch, RankBatch, RankPart
 from rlsys.config.schema import TrainSection
-from rlsys.errors import Diverged
 from rlsys.records import Version
 from rlsys.train import parallel
-from rlsys.train.checkpoint import Layout, check_layout, load_state, save_state
+from rlsys.train.checkpoint import Layout, check_layout
+from rlsys.train.critic import Critic, CriticPlan
 from rlsys.train.deepspeed_config import deepspeed_config
-from rlsys.train.export import full_weights
 from rlsys.train.logprobs import TokenLogprobs, token_logprobs
-from rlsys.train.model import load_model, save_model
+from rlsys.train.model import load_critic, load_model, save_model
 from rlsys.train.objective import Objective
+from rlsys.train.reference import Reference
+from rlsys.train.terms import MovingTerms
+from rlsys.train.trained import Trained
+
+Inputs = dict[str, Any]  # of one microbatch, by the names of the legend of algo/rows.py
+_CRITIC = "critic"  # folder of its state below the policy's
 
 
 class LearnerRank:
@@ -44,6 +47,7 @@ class LearnerRank:
         train: its section of the configuration.
         temperature: what the engines sample with; logits are divided by it.
         objective: what is minimised.
+        critic: None where advantages need none.
         seed: of torch's generator.
         threads: CPU threads of this rank; None means OMP_NUM_THREADS, or torch's default without it.
     """
@@ -56,6 +60,7 @@ class LearnerRank:
         temperature: float,
         objective: Objective,
         seed: int,
+        critic: CriticPlan | None = None,
         threads: int | None = None,
     ) -> None:
         threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
@@ -68,14 +73,17 @@ class LearnerRank:
         self._objective = objective
         self._device = "cuda" if train.gpus_per_rank > 0 else "cpu"
         self._deepspeed = parallel.load_deepspeed(self._device)
-        self._engine: Any = None
+        self._terms = MovingTerms({"kl": objective.kl.term if objective.kl else None, "entropy": objective.entropy})
+        self._critic_plan = critic
+        self._policy: Any = None  # Trained, once started
+        self._critic: Critic | None = None
+        self._reference: Reference | None = None
         self._rank = 0
-        self._world_size = 1
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids of the model; known once started."""
-        return int(self._engine.module.config.get_text_config().vocab_size)
+        return int(self._policy.module.config.get_text_config().vocab_size)
 
     def start(
         self, rank: int, world_size: int, master_addr: str, master_port: int, checkpoint: str | None = None
@@ -90,10 +98,11 @@ class LearnerRank:
                 (told before anything is loaded).
             CheckpointDamaged: there is no checkpoint in ``checkpoint``.
         """
-        config = deepspeed_config(self._train, device=self._device)
-        self._rank, self._world_size = rank, world_size
+        deepspeed_config(self._train, device=self._device)  # refuses before anybody is met
+        layout = Layout(ranks=world_size, zero_stage=self._train.zero_stage)
+        self._rank = rank
         if checkpoint is not None:
-            check_layout(checkpoint, self._layout)
+            check_layout(checkpoint, layout)
         parallel.join(
             self._deepspeed,
             device=self._device,
@@ -103,26 +112,38 @@ class LearnerRank:
             master_port=master_port,
             timeout_s=self._train.timeout_s,
         )
-        warm_up = functools.partial(_learning_rate_factor, warmup_steps=self._train.warmup_steps)
-        schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=warm_up)
-        self._engine, *_ = self._deepspeed.initialize(
-            model=load_model(self._model_path),
-            config=config,
-            lr_scheduler=None if "scheduler" in config else schedule,
-        )
+        self._policy = self._trained(load_model(self._model_path), self._train, layout)
+        if self._critic_plan is not None:
+            section = self._train.model_copy(update={"lr": self._critic_plan.lr, "warmup_steps": 0})
+            own = self._trained(load_critic(self._critic_plan.model_path), section, layout)
+            self._critic = Critic(own, self._critic_plan.loss, self._device)
+        if self._objective.kl is not None:
+            self._reference = Reference(
+                self._model_path, deepspeed=self._deepspeed, device=self._device, zero_stage=layout.zero_stage
+            )
         if checkpoint is not None:
-            load_state(self._engine, checkpoint, rank=rank, device=self._device)
+            self._load(checkpoint)
 
-    @property
-    def _layout(self) -> Layout:
-        return Layout(ranks=self._world_size, zero_stage=self._train.zero_stage)
+    def _trained(self, module: torch.nn.Module, train: TrainSection, layout: Layout) -> Trained:
+        return Trained(module, train, deepspeed=self._deepspeed, device=self._device, rank=self._rank, layout=layout)
+
+    def _load(self, checkpoint: str) -> None:
+        if self._critic is not None:
+            self._critic.trained.load(os.path.join(checkpoint, _CRITIC))
+        own = self._policy.load(checkpoint)  # last: it sets the random generators
+        self._terms.restore(own["terms"])
+        if self._reference is not None and "reference" in own:
+            self._reference.restore(own["reference"])
 
     def stop(self) -> None:
-        """Let go of the model and of the other ranks; ``start`` may follow, with a new port."""
-        if self._engine is not None:
-            self._engine.destroy()
-        self._engine = None
-        gc.collect()  # the engine's hooks hold it in cycles
+        """Let go of the models and of the other ranks; ``start`` may follow, with a new port."""
+        if self._reference is not None:
+            self._reference.destroy()
+        if self._critic is not None:
+            self._critic.trained.destroy()
+        if self._policy is not None:
+            self._policy.destroy()
+        self._policy = self._critic = self._reference = None
         parallel.leave(self._deepspeed)
 
     def step(self, batch: RankBatch) -> dict[str, float]:
@@ -136,31 +157,73 @@ class LearnerRank:
             Diverged: on every rank alike, before the weights take up a loss or gradient that is not finite.
         """
         began = time.perf_counter()
-        is_free = not self._objective.looks_ahead
-        proximal: list[list[Tensor] | None] = [
-            None if is_free and part is batch.parts[0] else [self._no_grad_logprobs(mb) for mb in part.microbatches]
-            for part in batch.parts
-        ]
-        measures: dict[str, Measure] = {}
-        grad_norms = []
-        learning_rate = 0.0
-        for part, part_proximal in zip(batch.parts, proximal, strict=True):
-            learning_rate = self._engine.get_lr()[0]
-            own, grad_norm = self._train_part(part, part_proximal, batch.version, is_first=part is batch.parts[0])
-            measures = merge(measures, own)
-            grad_norms.append(grad_norm)
+        parts = [[self._objective.inputs(mb, self._device) for mb in part.microbatches] for part in batch.parts]
+        measures = self._look_before(batch, parts)
+        looked_s = time.perf_counter() - began
+        norms: dict[str, list[float]] = {}
+        rates = {"actor/lr": self._policy.learning_rate}
+        if self._critic_plan is None or batch.version.step >= self._critic_plan.warmup_steps:
+            for part, inputs in zip(batch.parts, parts, strict=True):
+                rates["actor/lr"] = self._policy.learning_rate
+                own, norm = self._train_part(part, inputs, batch.version, is_first=part is batch.parts[0])
+                measures = merge(measures, own)
+                norms.setdefault("actor/grad_norm", []).append(norm)
+        actor_s = time.perf_counter() - began - looked_s
+        if self._critic is not None:
+            rates["critic/lr"] = self._critic.trained.learning_rate
+            for part, inputs in zip(batch.parts, parts, strict=True):
+                own, norm = self._critic.train_part(part, inputs, batch.version)
+                measures = merge(measures, own)
+                norms.setdefault("critic/grad_norm", []).append(norm)
+        metrics = parallel.reduce(measures, self._device)
         return {
-            **parallel.reduce(measures, self._device),
-            "actor/grad_norm": sum(grad_norms) / len(grad_norms),
-            "actor/lr": float(learning_rate),
+            **metrics,
+            **self._after(batch, metrics),
+            **{name: sum(values) / len(values) for name, values in norms.items()},
+            **rates,
             "perf/train_tokens": float(batch.num_tokens),
-            "timing_s/update_actor": time.perf_counter() - began,
+            "timing_s/look_ahead": looked_s,
+            "timing_s/update_actor": actor_s,
+            "timing_s/update_critic": time.perf_counter() - began - looked_s - actor_s,
         }
+
+    def _look_before(self, batch: RankBatch, parts: Sequence[Sequence[Inputs]]) -> dict[str, Measure]:
+        """What the policy and the models around it say of the batch before its first step, and what follows from it."""
+        for part, inputs in zip(batch.parts, parts, strict=True):
+            for microbatch, of_rows in zip(part.microbatches, inputs, strict=True):
+                if part is not batch.parts[0] or self._objective.looks_ahead:
+                    of_rows["proximal_logprobs_T"] = self._no_grad_logprobs(microbatch).reshape(-1)
+                if self._reference is not None:
+                    of_rows["ref_logprobs_T"] = self._reference.logprobs(microbatch, self._temperature).reshape(-1)
+                if self._critic is not None:
+                    with torch.no_grad():
+                        values_T = self._critic.values(microbatch).reshape(-1)
+                    of_rows["values_T"] = of_rows["old_values_T"] = values_T
+        everything = [of_rows for inputs in parts for of_rows in inputs]
+        return self._objective.give_advantages(everything, self._terms.weight("kl"), self._device)
+
+    def _after(self, batch: RankBatch, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Move the weights of the further terms, and the reference. Returns the weights that the step had."""
+        objective, step = self._objective, batch.version.step + 1
+        weights = {
+            f"actor/{name}_coef": self._terms.weight(name)
+            for name, term in (("kl", objective.kl), ("entropy", objective.entropy))
+            if term is not None
+        }
+        tokens_a_rollout = sum(part.num_weighted_tokens for part in batch.parts) / max(1, batch.num_samples)
+        measured = {
+            "kl": metrics.get("actor/kl_loss", metrics.get("critic/kl", 0.0)) * tokens_a_rollout,
+            "entropy": metrics.get("actor/entropy", 0.0),
+        }
+        self._terms.move(measured, rollouts=batch.num_samples, step=step)
+        every = objective.kl.refresh_steps if objective.kl is not None else 0
+        if self._reference is not None and every and step % every == 0:
+            self._reference.become(self._policy.module)
+        return weights
 
     def export(self, write: Callable[[str, Tensor], None]) -> None:
         """Hand every full weight to ``write(name, tensor)``, on rank 0 only. A tensor is valid during the call."""
-        stage = self._train.zero_stage
-        for name, tensor in full_weights(self._engine.module, deepspeed=self._deepspeed, zero_stage=stage):
+        for name, tensor in self._policy.weights():
             if self._rank == 0:
                 write(name, tensor)
 
@@ -169,12 +232,17 @@ class LearnerRank:
         weights: dict[str, Tensor] = {}
         self.export(lambda name, tensor: weights.update({name: tensor.detach().to("cpu", copy=True)}))
         if self._rank == 0:
-            save_model(self._engine.module, weights, self._model_path, folder)
+            save_model(self._policy.module, weights, self._model_path, folder)
 
     def save_checkpoint(self, folder: str) -> None:
         """Write everything that a later ``start`` needs to go on bit for bit. The files are there when it returns, not
         yet synced to the disk. Raises CheckpointFailed on every rank alike; the learner can go on."""
-        save_state(self._engine, folder, rank=self._rank, layout=self._layout, device=self._device)
+        own: dict[str, Any] = {"terms": self._terms.state()}
+        if self._reference is not None and self._objective.kl is not None and self._objective.kl.refresh_steps:
+            own["reference"] = self._reference.state()
+        self._policy.save(folder, own)
+        if self._critic is not None:
+            self._critic.trained.save(os.path.join(folder, _CRITIC), {})
 
     def probe_logprobs(self, token_ids: Sequence[Sequence[int] | NDArray[np.int32]]) -> list[NDArray[np.float32]]:
         """Log-probabilities of given sequences at temperature 1: for each float32 [T], 0 at its first token."""
@@ -188,47 +256,21 @@ class LearnerRank:
         return [rows[row, :length].copy() for row, length in enumerate(lengths)]
 
     def _train_part(
-        self, part: RankPart, proximal: Sequence[Tensor] | None, version: Version, *, is_first: bool
+        self, part: RankPart, inputs: Sequence[Inputs], version: Version, *, is_first: bool
     ) -> tuple[dict[str, Measure], float]:
         """One optimizer step. Returns its measures and its gradient norm (before clipping)."""
-        inputs = [self._objective.inputs(microbatch, self._device) for microbatch in part.microbatches]
-        if proximal is not None:
-            for of_rows, logprobs in zip(inputs, proximal, strict=True):
-                of_rows["proximal_logprobs_T"] = logprobs.reshape(-1)
         count, settled = self._look_ahead(part, inputs, is_first)
-        scale = self._world_size / count  # DeepSpeed averages gradients over the ranks
         measures: dict[str, Measure] = {}
-        is_finite = True
-        last = len(part.microbatches) - 1
+        is_finite, last = True, len(part.microbatches) - 1
         for index, (microbatch, of_rows) in enumerate(zip(part.microbatches, inputs, strict=True)):
-            self._engine.set_gradient_accumulation_boundary(index == last)
-            loss_sum, own = self._train_microbatch(microbatch, of_rows, settled)
+            loss_sum, own = self._forward_microbatch(microbatch, of_rows, settled)
             is_finite = is_finite and bool(torch.isfinite(loss_sum))
-            self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            self._policy.backward(loss_sum, count, is_last=index == last)
             measures = merge(measures, own)
-        if parallel.on_any_rank(not is_finite, self._device):
-            raise self._diverged("the loss", version)
-        return measures, self._optimizer_step(version)
+        self._policy.refuse_unless_finite(is_finite, "the loss", version)
+        return measures, self._policy.step(version)
 
-    def _optimizer_step(self, version: Version) -> float:
-        """Let DeepSpeed take the step. ZeRO leaves it out where the norm is not finite; stage 0 has to be stopped."""
-        if self._train.zero_stage == 0:
-            gradients = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
-            if parallel.on_any_rank(not math.isfinite(norm), self._device):
-                raise self._diverged("the gradient norm", version)
-            self._engine.step()
-            return norm
-        self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        is_left_out = bool(self._engine.optimizer.overflow)
-        if parallel.on_any_rank(is_left_out or not math.isfinite(norm), self._device):
-            raise self._diverged("the gradient norm", version)
-        return norm
-
-    def _look_ahead(
-        self, part: RankPart, inputs: Sequence[dict[str, Any]], is_first: bool
-    ) -> tuple[float, RowsSettled | None]:
+    def _look_ahead(self, part: RankPart, inputs: Sequence[Inputs], is_first: bool) -> tuple[float, RowsSettled | None]:
         """The count that the step's sum is divided by, and what rows of batch scope settle on."""
         objective = self._objective
         count = float(part.num_weighted_tokens) if objective.counts_tokens else objective.count(inputs, self._device)
@@ -243,35 +285,58 @@ class LearnerRank:
                 )
         return count, objective.settle(inputs, self._device)
 
-    def _train_microbatch(
-        self, microbatch: Microbatch, inputs: Mapping[str, Any], settled: RowsSettled | None
+    def _forward_microbatch(
+        self, microbatch: Microbatch, inputs: Inputs, settled: RowsSettled | None
     ) -> tuple[Tensor, dict[str, Measure]]:
         """``inputs``: of the rows; without the proximal policy it is that of this very forward."""
-        current = self._forward(microbatch.token_ids, microbatch.position_ids, self._temperature)
-        policy_T = current.logprobs.reshape(-1)
+        entropy_coef = self._terms.weight("entropy")
+        teacher = microbatch.teacher
+        current = self._forward(
+            microbatch.token_ids,
+            microbatch.position_ids,
+            self._temperature,
+            candidate_ids=teacher.candidate_ids if teacher is not None else None,
+            entropy_gradient=entropy_coef != 0.0,
+        )
+        policy_T, entropy_T = current.logprobs.reshape(-1), current.entropy.reshape(-1)
         objective = self._objective.of(
             settled,
             microbatch.on_policy_mask.to(self._device).reshape(-1),
-            {"proximal_logprobs_T": policy_T.detach(), **inputs, "policy_logprobs_T": policy_T},
+            {
+                "proximal_logprobs_T": policy_T.detach(),
+                **inputs,
+                "policy_logprobs_T": policy_T,
+                "entropy_T": entropy_T,
+                "candidate_logprobs_TK": current.candidate_logprobs.flatten(0, 1),
+            },
+            kl_coef=self._terms.weight("kl"),
+            entropy_coef=entropy_coef,
         )
-        entropy = Mean.of(current.entropy.reshape(-1), inputs["mask_T"])
+        entropy = Mean.of(entropy_T, inputs["mask_T"])
         return objective.loss_sum, {**objective.measures, "actor/entropy": entropy}
 
     def _no_grad_logprobs(self, microbatch: Microbatch) -> Tensor:
         with torch.no_grad():
             return self._forward(microbatch.token_ids, microbatch.position_ids, self._temperature).logprobs
 
-    def _forward(self, token_ids: Tensor, position_ids: Tensor, temperature: float) -> TokenLogprobs:
+    def _forward(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        temperature: float,
+        *,
+        candidate_ids: Tensor | None = None,
+        entropy_gradient: bool = False,
+    ) -> TokenLogprobs:
         """No attention mask is given: transformers then derives it from the restarting positions (a mask of ones
         would let packed samples see one another)."""
         token_ids, position_ids = token_ids.to(self._device), position_ids.to(self._device)
-        logits = self._engine(input_ids=token_ids, position_ids=position_ids, use_cache=False).logits
-        return token_logprobs(logits, token_ids, position_ids, temperature=temperature)
-
-    def _diverged(self, quantity: str, version: Version) -> Diverged:
-        return Diverged(quantity, version.step + 1, str(version))
-
-
-def _learning_rate_factor(step: int, *, warmup_steps: int) -> float:
-    """Linear warm-up from 1 / warmup_steps to 1, then constant."""
-    return min(1.0, (step + 1) / max(1, warmup_steps))
+        logits = self._policy(input_ids=token_ids, position_ids=position_ids, use_cache=False).logits
+        return token_logprobs(
+            logits,
+            token_ids,
+            position_ids,
+            temperature=temperature,
+            candidate_ids=None if candidate_ids is None else candidate_ids.to(self._device),
+            entropy_gradient=entropy_gradient,
+        )

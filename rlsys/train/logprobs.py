@@ -1,6 +1,6 @@
 """Log-probabilities of the tokens that stand there, from logits. The one place of the shift by one.
 
-Legend: R rows, L tokens of a row, N = R x L, V vocabulary.
+Legend: R rows, L tokens of a row, N = R x L, V vocabulary, K candidates at a place, M = 1 + K tokens looked up.
 """
 
 from __future__ import annotations
@@ -20,14 +20,24 @@ class TokenLogprobs:
 
     Attributes:
         logprobs: with gradient where the logits have one.
-        entropy: detached, nats, of the distribution that each token was drawn from.
+        entropy: nats, of the distribution that each token was drawn from; with gradient where that was asked for.
+        candidate_logprobs: [R, L, K], of the candidates at the place of each token, with gradient.
     """
 
     logprobs: Tensor
     entropy: Tensor
+    candidate_logprobs: Tensor
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor, position_ids: Tensor, *, temperature: float) -> TokenLogprobs:
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    position_ids: Tensor,
+    *,
+    temperature: float,
+    candidate_ids: Tensor | None = None,
+    entropy_gradient: bool = False,
+) -> TokenLogprobs:
     """log softmax(logits[:, t - 1] / temperature)[token_ids[:, t]] for every token t that does not begin a segment.
 
     Needs, beside the logits and their gradient, a few chunks of 32 MiB: neither the scaled logits nor their softmax
@@ -38,58 +48,87 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, position_ids: Tensor, *, t
         token_ids: int64 [R, L].
         position_ids: int64 [R, L], 0 where a segment begins.
         temperature: what the engine sampled with, above 0.
+        candidate_ids: int64 [R, L, K], further tokens that are looked up at the place of each; None: none.
+        entropy_gradient: whether a gradient flows through the entropy.
     """
     assert logits.ndim == 3 and logits.shape[:2] == token_ids.shape == position_ids.shape, f"{logits.shape}"
     assert temperature > 0.0, f"temperature={temperature}"
     num_rows, length, vocabulary = logits.shape
-    targets_N = torch.roll(token_ids, -1, dims=1).reshape(-1)
-    logprobs_N, entropy_N = _TargetLogprobs.apply(logits.reshape(-1, vocabulary), targets_N, temperature)
+    looked_up = token_ids.unsqueeze(2)
+    if candidate_ids is not None:
+        assert candidate_ids.shape[:2] == token_ids.shape, f"{candidate_ids.shape}"
+        looked_up = torch.cat([looked_up, candidate_ids], dim=2)
+    targets_NM = torch.roll(looked_up, -1, dims=1).flatten(0, 1)
+    logprobs_NM, entropy_N = _TargetLogprobs.apply(
+        logits.reshape(-1, vocabulary), targets_NM, temperature, entropy_gradient
+    )
     begins = position_ids == 0
+    aligned = align(logprobs_NM.reshape(num_rows, length, -1), begins)
+    return TokenLogprobs(
+        logprobs=aligned[..., 0],
+        entropy=align(entropy_N.reshape(num_rows, length), begins),
+        candidate_logprobs=aligned[..., 1:],
+    )
 
-    def align(values_N: Tensor) -> Tensor:
-        shifted = torch.roll(values_N.reshape(num_rows, length), 1, dims=1)
-        return shifted.masked_fill(begins, 0.0)
 
-    return TokenLogprobs(logprobs=align(logprobs_N), entropy=align(entropy_N))
+def align(predicted: Tensor, begins: Tensor) -> Tensor:
+    """What stands at the token before, moved to the token that it is about; 0 where a segment begins.
+
+    Args:
+        predicted: [R, L] or [R, L, M], at each token what the model says there of the next one.
+        begins: bool [R, L], first tokens of segments.
+    """
+    mask = begins if predicted.ndim == begins.ndim else begins.unsqueeze(-1)
+    return torch.roll(predicted, 1, dims=1).masked_fill(mask, 0.0)
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """Per row of logits: log-probability of the target, and entropy (no gradient). Works in chunks of rows; the
-    backward pass computes the softmax again instead of keeping it."""
+    """Per row of logits: log-probabilities of the targets, and entropy. Works in chunks of rows; the backward pass
+    computes the softmax again instead of keeping it."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits_NV: Tensor, targets_NM: Tensor, temperature: float, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         logprobs, normalisers, entropies = [], [], []
-        for chunk_CV, targets_C in _chunks(logits_NV, targets_N):
+        for chunk_CV, targets_CM in _chunks(logits_NV, targets_NM):
             scaled_CV = chunk_CV.float() / temperature
             normaliser_C = scaled_CV.logsumexp(dim=-1)
-            logprobs.append(scaled_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1) - normaliser_C)
+            logprobs.append(scaled_CV.gather(1, targets_CM) - normaliser_C.unsqueeze(1))
             probabilities_CV = (scaled_CV - normaliser_C.unsqueeze(1)).exp_()
             entropies.append(normaliser_C - probabilities_CV.mul_(scaled_CV).sum(dim=-1))
             normalisers.append(normaliser_C)
         entropy_N = torch.cat(entropies)
-        ctx.save_for_backward(logits_NV, targets_N, torch.cat(normalisers))
+        ctx.save_for_backward(logits_NV, targets_NM, torch.cat(normalisers), entropy_N if entropy_gradient else None)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy_N)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy_N)
         return torch.cat(logprobs), entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, targets_N, normaliser_N = ctx.saved_tensors
-        scale_N = gradients[0] / ctx.temperature
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """d logprob_m / d scaled_v = [v = m] - p_v, and d entropy / d scaled_v = -p_v (log p_v + entropy)."""
+        logits_NV, targets_NM, normaliser_N, entropy_N = ctx.saved_tensors
+        of_logprobs_NM = gradients[0] / ctx.temperature
+        of_entropy_N = None if entropy_N is None else gradients[1] / ctx.temperature
         result_NV = torch.empty_like(logits_NV)
         start = 0
-        for chunk_CV, targets_C in _chunks(logits_NV, targets_N):
-            here = slice(start, start + len(targets_C))
-            scale_C1 = scale_N[here].unsqueeze(1)
-            scaled_CV = chunk_CV.float() / ctx.temperature
-            gradient_CV = scaled_CV.sub_(normaliser_N[here].unsqueeze(1)).exp_().mul_(-scale_C1)
-            gradient_CV.scatter_add_(1, targets_C.unsqueeze(1), scale_C1)
+        for chunk_CV, targets_CM in _chunks(logits_NV, targets_NM):
+            here = slice(start, start + len(targets_CM))
+            logprobs_CV = (chunk_CV.float() / ctx.temperature).sub_(normaliser_N[here].unsqueeze(1))
+            total_C1 = of_logprobs_NM[here].sum(dim=1, keepdim=True)
+            if of_entropy_N is None:
+                gradient_CV = logprobs_CV.exp_().mul_(-total_C1)
+            else:
+                of_entropy_C1 = of_entropy_N[here].unsqueeze(1)
+                shifted_CV = (logprobs_CV + entropy_N[here].unsqueeze(1)).mul_(of_entropy_C1).add_(total_C1)
+                gradient_CV = logprobs_CV.exp_().mul_(shifted_CV).neg_()
+            gradient_CV.scatter_add_(1, targets_CM, of_logprobs_NM[here])
             result_NV[here] = gradient_CV
             start = here.stop
-        return result_NV, None, None
+        return result_NV, None, None, None
 
 
-def _chunks(logits_NV: Tensor, targets_N: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _chunks(logits_NV: Tensor, targets_NM: Tensor) -> list[tuple[Tensor, Tensor]]:
     rows = max(1, _CHUNK_ELEMENTS // logits_NV.shape[1])
-    return list(zip(logits_NV.split(rows), targets_N.split(rows), strict=True))
+    return list(zip(logits_NV.split(rows), targets_NM.split(rows), strict=True))

@@ -6,11 +6,18 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from rlsys.errors import ConfigError
 
@@ -27,18 +34,49 @@ def load_model(path: str) -> PreTrainedModel:
     Raises:
         ConfigError: its samples see one another where they share a row.
     """
+    model = _load(AutoModelForCausalLM, path)
+    check_rows_are_separate(model)
+    return model.train()
+
+
+def load_critic(path: str) -> PreTrainedModel:
+    """The model in folder ``path`` with one number at each token in place of the vocabulary; it says 0 everywhere.
+
+    Raises:
+        ConfigError: transformers has no such class for the architecture, or samples see one another in a row.
+    """
+    told = get_verbosity()
+    set_verbosity_error()  # it would warn that the head is new
+    try:
+        model = _load(AutoModelForTokenClassification, path, num_labels=1)
+    except ValueError as error:
+        raise ConfigError(
+            "critic.path",
+            got=f"{path}: {str(error).splitlines()[0]}",
+            wanted="an architecture that transformers can give a head for single tokens",
+            remedy="name another model, or choose advantages that need no critic",
+        ) from error
+    finally:
+        set_verbosity(told)
+    check_rows_are_separate(model)  # before the head says nothing
+    head = model.get_submodule("score" if hasattr(model, "score") else "classifier")
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
+    return model.train()
+
+
+def _load(kind: Any, path: str, **settings: Any) -> PreTrainedModel:
     disable_progress_bar()
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, **settings)
     for name, value in vars(config).items():
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
+    if settings:
+        config.classifier_dropout = 0.0  # of heads; where it is not set they take 0.1
     config.use_cache = False
-    model = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=torch.float32, attn_implementation=_attention(config)
-    )
+    model = kind.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation=_attention(config))
     assert isinstance(model, PreTrainedModel)
-    check_rows_are_separate(model)
-    return model.train()
+    return model
 
 
 def _attention(config: PreTrainedConfig) -> str:

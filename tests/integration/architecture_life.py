@@ -249,7 +249,7 @@ def _batch(groups: Sequence[RolloutGroup], step: int) -> RankBatch:
         for group in groups
     ]
     return pack(
-        build(scored, advantage=grpo, oldest_step=None),
+        build(scored, advantage=grpo, oldest_step=None, correct_at=1.0),
         ranks=1,
         steps_per_batch=1,
         tokens_per_microbatch=TOKENS_PER_MICROBATCH,

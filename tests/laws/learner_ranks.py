@@ -22,6 +22,7 @@ from rlsys.batch.tensors import RankBatch
 from rlsys.config.schema import TrainSection
 from rlsys.errors import Diverged
 from rlsys.records import NOT_SAMPLED, Draw, Prompt, Rollout, RolloutGroup, StopReason, Version
+from rlsys.train.critic import CriticPlan
 from rlsys.train.objective import Objective
 
 OBJECTIVE = Objective(loss=ppo_clip, correction=partial(tis, cap=2.0))
@@ -108,6 +109,7 @@ def train_rank(
     train: TrainSection,
     batches: Sequence[RankBatch],
     objective: Objective = OBJECTIVE,
+    critic: CriticPlan | None = None,
     probe: Sequence[np.ndarray] = (),
     save_to: str | None = None,
 ) -> Outcome:
@@ -119,6 +121,7 @@ def train_rank(
         train=train,
         temperature=TEMPERATURE,
         objective=objective,
+        critic=critic,
         seed=0,
         threads=1,
     )

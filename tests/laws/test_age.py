@@ -39,7 +39,7 @@ def test_no_token_older_than_the_bound_carries_weight(steps_by_group, max_stalen
 
     groups = asyncio.run(lease())
     oldest = first_trained_step(step=step, max_staleness=max_staleness, age_policy=age_policy)
-    samples = build(groups, advantage=partial(ADVANTAGES["grpo"]), oldest_step=oldest or None)
+    samples = build(groups, advantage=partial(ADVANTAGES["grpo"]), oldest_step=oldest or None, correct_at=1.0)
     for sample in samples:
         weighted_T = steps_of(sample.versions_T)[sample.weight_mask_T]
         assert weighted_T.size and (step - weighted_T <= max_staleness).all()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlsys.algo.selection import overlong, roc, zero_variance
+from rlsys.algo.shaping import overlong_penalty
 from rlsys.buffer.staleness import staleness_of
 from rlsys.controller.loops import Loops
 from rlsys.errors import FleetLost
 from rlsys.sim.fleet import SimFleet
 from rlsys.sim.world import World, simulate
+from tests.sim.chance import score_by_chance
 
+ZERO_VARIANCE = (("zero_variance", zero_variance),)
 worlds = st.builds(
     World,
     steps=st.integers(1, 6),
@@ -21,7 +26,7 @@ worlds = st.builds(
     group_size=st.integers(2, 4),
     max_staleness=st.integers(0, 3),
     age_policy=st.sampled_from(["drop", "mask"]),
-    slots=st.integers(4, 12),
+    slots=st.integers(5, 12),
     num_eval=st.just(2),
     eval_every_steps=st.integers(0, 3),
     seed=st.integers(0, 1000),
@@ -30,6 +35,9 @@ worlds = st.builds(
     step_s=st.sampled_from([0.05, 1.0, 4.0]),
     export_s=st.sampled_from([0.0, 0.5]),
     crashes=st.dictionaries(st.integers(0, 2), st.floats(0.0, 60.0), max_size=2),
+    greedy_baseline=st.booleans(),
+    shaping=st.sampled_from([(), (partial(overlong_penalty, buffer=8),)]),
+    selection=st.sampled_from([(), ZERO_VARIANCE, (("overlong", overlong), ("roc", partial(roc, keep=2)))]),
 )
 
 
@@ -41,6 +49,7 @@ def check_at_every_publication(loops: Loops, fleet: SimFleet) -> None:
         return await publish(version)
 
     loops.sync.publish = checked  # type: ignore[method-assign]
+    score_by_chance(50)(loops, fleet)
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,6 +65,8 @@ def test_whatever_the_world_every_rollout_is_trained_once_or_dropped_by_name(wor
     ledger = report.loops.ledger
     assert ledger.lead == 0 and ledger.submitted == ledger.trained + ledger.dropped.total()
     assert ledger.trained == sum(len(group.rollouts) for _, groups in report.trained for group in groups)
+    source = report.loops.parts.source.counts()
+    assert source.drawn == ledger.groups_trained + ledger.filtered + ledger.given_up + source.waiting
     draws = Counter(group.prompt.draw for _, groups in report.trained for group in groups)
     assert set(draws.values()) == {1} and len(draws) == world.steps * world.prompts_per_batch
     if world.age_policy == "drop":

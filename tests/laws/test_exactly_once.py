@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlsys.algo.selection import zero_variance
 from rlsys.records import DropCause, Version
 from rlsys.sim.fleet import SimDisk
 from rlsys.sim.world import SimReport, World, simulate
+from tests.sim.chance import score_by_chance
 
 WORLD = World(steps=4, prompts_per_batch=2, group_size=2, num_questions=6, num_eval=2, slots=4, tokens_per_s=4.0)
 STAGES = ("fleet.play", "fleet.load", "scorer.score", "buffer.put", "buffer.take", "buffer.commit", "buffer.groups",
@@ -54,8 +56,14 @@ def kill_at(number: int | None) -> tuple[Callable[..., None], list[str]]:
 def live(world: World, disk: SimDisk, number: int | None) -> SimReport | None:
     """One life of the run; None where it was killed."""
     disturb, _ = kill_at(number)
+
+    def by_chance_until_killed(loops, fleet):
+        if world.selection:
+            score_by_chance(50)(loops, fleet)
+        disturb(loops, fleet)
+
     try:
-        return simulate(world, disturb, disk)
+        return simulate(world, by_chance_until_killed, disk)
     except Killed:
         return None
 
@@ -66,10 +74,10 @@ def check_exactly_once(disk: SimDisk, report: SimReport, world: World) -> None:
     assert incarnations == sorted(incarnations)
     counts = Counter(draw for _, draws in disk.commits for draw in draws)
     assert set(counts.values()) == {1}, "a draw was trained twice"
-    # no draw is left out: the trained ones are the first of the source's order, less those given up
+    # no draw is left out: the trained ones are the first of the source's order, less those given up or filtered
     assert len(counts) == world.steps * world.prompts_per_batch
-    assert report.loops.parts.source.counts().drawn == len(counts) + report.loops.ledger.given_up
     ledger = report.loops.ledger
+    assert report.loops.parts.source.counts().drawn == len(counts) + ledger.given_up + ledger.filtered
     assert ledger.submitted == ledger.trained + ledger.dropped.total() and ledger.lead == 0
     assert ledger.trained == report.summary["rollouts"]
     if not ledger.dropped:
@@ -99,12 +107,17 @@ def test_the_law_holds_for_a_kill_at_the_beginning_or_the_end_of_every_single_ca
     every=st.integers(0, 3),
     crashes=st.dictionaries(st.just(1), st.floats(0.5, 20.0), max_size=1),
     seed=st.integers(0, 5),
+    selection=st.sampled_from([(), (("zero_variance", zero_variance),)]),
+    greedy=st.booleans(),
 )
 @settings(max_examples=60)
-def test_the_law_holds_for_kills_after_kills_in_any_world(kills, max_staleness, every, crashes, seed):
+def test_the_law_holds_for_kills_after_kills_in_any_world(
+    kills, max_staleness, every, crashes, seed, selection, greedy
+):
     world = World(
         steps=6, prompts_per_batch=3, group_size=2, num_questions=7, num_eval=2, slots=6, tokens_per_s=4.0, seed=seed,
-        max_staleness=max_staleness, checkpoint_every_steps=every, crashes=crashes,
+        max_staleness=max_staleness, checkpoint_every_steps=every, crashes=crashes, selection=selection,
+        greedy_baseline=greedy,
     )  # fmt: skip
     disk = SimDisk()
     report = None
@@ -133,6 +146,18 @@ def test_a_stop_loses_no_step_and_the_resumed_run_goes_on_in_the_same_incarnatio
     assert {version.incarnation for version, _ in disk.commits} == {0}
     assert report.summary["eval_before"] == stopped.summary["eval_before"], "it is not evaluated anew"
     assert report.summary["wall_s"] > stopped.summary["wall_s"]
+
+
+def test_a_filtered_draw_is_not_asked_again_by_a_resumed_run():
+    world = World(steps=8, checkpoint_every_steps=4, eval_every_steps=0, selection=(("zero_variance", zero_variance),))
+    disk = SimDisk()
+    whole = simulate(world, score_by_chance(30), disk)
+    middle = next(state for state in disk.states if state.version.step == 4)
+    assert 0 < middle.filtered < whole.loops.ledger.filtered
+    resumed = SimDisk(states=[middle], commits=[commit for commit in disk.commits if commit[0].step <= 4])
+    report = simulate(world, score_by_chance(30), resumed)
+    check_exactly_once(resumed, report, world)
+    assert report.loops.ledger.filtered > middle.filtered
 
 
 def test_finished_rollouts_that_were_saved_are_not_sampled_again():

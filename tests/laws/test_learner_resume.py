@@ -152,7 +152,7 @@ def six_batches(world_size: int, steps_per_batch: int) -> list[Batch]:
         groups = make_groups(version)
         batches.append(
             pack(
-                build([groups[index] for index in pair], advantage=grpo, oldest_step=version.step - 1),
+                build([groups[index] for index in pair], advantage=grpo, oldest_step=version.step - 1, correct_at=1.0),
                 ranks=world_size,
                 steps_per_batch=steps_per_batch,
                 tokens_per_microbatch=64,
@@ -218,8 +218,8 @@ def test_a_checkpoint_is_the_state_and_nothing_else(lives, model_path, tmp_path)
         "nested/learner/deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt",
         "nested/learner/deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt",
         "nested/learner/layout.json",
-        "nested/learner/rng_0.pt",
-        "nested/learner/rng_1.pt",
+        "nested/learner/rank_0.pt",
+        "nested/learner/rank_1.pt",
     ]
     weights_bytes = (Path(model_path) / "model.safetensors").stat().st_size
     total = sum(path.stat().st_size for path in tmp_path.rglob("*"))

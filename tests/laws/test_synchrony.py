@@ -124,7 +124,7 @@ def run_system(rank: LearnerRank) -> tuple[OwnLearner, Loops]:
 
     def make_batch(groups, step):
         return pack(
-            build(groups, advantage=ADVANTAGES["grpo"], oldest_step=None),
+            build(groups, advantage=ADVANTAGES["grpo"], oldest_step=None, correct_at=1.0),
             ranks=1,
             steps_per_batch=1,
             tokens_per_microbatch=length,
@@ -139,6 +139,7 @@ def run_system(rank: LearnerRank) -> tuple[OwnLearner, Loops]:
         max_staleness=0,
         age_policy="drop",
         slots=PROMPTS * GROUP,
+        min_compared=2,
         spec=PlaySpec(group_size=GROUP, temperature=1.0, max_tokens=NUM_TOKENS, seed=SEED),
         checkpoint_every_steps=0,
         eval_every_steps=0,
@@ -153,8 +154,10 @@ def run_system(rank: LearnerRank) -> tuple[OwnLearner, Loops]:
     )
     parts = Parts(
         source=FixedSource(),
-        fleet=SimFleet({"own": OwnForwardEngine(rank._engine.module)}, clock),
+        fleet=SimFleet({"own": OwnForwardEngine(rank._policy.module)}, clock),
         scorer=ParityScorer(),
+        grader=ParityScorer(),
+        select=lambda group: group,
         buffer=SimpleNamespace(),
         learner=learner,
         make_batch=make_batch,
@@ -205,10 +208,10 @@ def test_staleness_zero_equals_a_plain_synchronous_loop_bit_for_bit(rank, tmp_pa
         lr=LR,
         seed=SEED,
     )
-    before = {name: tensor.clone() for name, tensor in rank._engine.module.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in rank._policy.module.state_dict().items()}
     learner, loops = run_system(rank)
     assert loops.ledger.trained == STEPS * PROMPTS * GROUP
-    after = rank._engine.module.state_dict()
+    after = rank._policy.module.state_dict()
     assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"]), "nothing was trained"
     for name, tensor in weights.items():
         assert torch.equal(after[name], tensor), f"{name}: off by {(after[name] - tensor).abs().max():.3g}"

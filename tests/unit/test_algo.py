@@ -25,11 +25,14 @@ from rlsys.algo.rows import LEGEND, RowFacts, Scope, call_row, call_whole, colle
 from rlsys.algo.segments import Segments
 from rlsys.algo.trial import trial_inputs, try_row
 
-TABLES: Mapping[str, Mapping[str, Callable]] = {
-    name: getattr(rlsys.algo, name) for name in rlsys.algo.__all__ if name != "COEFFICIENTS"
-}
+TABLES: Mapping[str, Mapping[str, Callable]] = {name: getattr(rlsys.algo, name) for name in rlsys.algo.__all__}
 ROWS = [(table, name) for table, rows in TABLES.items() for name in rows]
-NEEDED = {"seq_mean_token_sum_norm": {"max_tokens": 8}, "constant": {"tokens": 8}}  # parameters without a default
+NEEDED = {  # parameters without a default
+    "seq_mean_token_sum_norm": {"max_tokens": 8},
+    "constant": {"tokens": 8},
+    "overlong_penalty": {"buffer": 4},
+    "roc": {"keep": 2},
+}
 
 
 def floats(*values: float) -> torch.Tensor:
@@ -116,15 +119,15 @@ def test_a_prompt_in_two_microbatches_counts_once():
 
 
 def test_coefficients_move_as_their_papers_say():
-    assert COEFFICIENTS["fixed"](0.1, 99.0) == Coefficient(kept=0.1, applied=0.1)
+    assert COEFFICIENTS["fixed"](0.1) == Coefficient(kept=0.1, applied=0.1)
     # measured 9 against 6 is 50% too much, held at 20%: 1 + 0.2 * 512 / 10240
-    grown = COEFFICIENTS["adaptive_kl"](2.0, 9.0, target=6.0, horizon=10_240.0, rollouts=512)
+    grown = COEFFICIENTS["adaptive_kl"](2.0, 9.0, 512, target=6.0, horizon=10_240.0)
     assert grown.kept == grown.applied == pytest.approx(2.0 * 1.01)
     # 5.4 is 10% too little: 1 - 0.1 * 512 / 10240
-    fallen = COEFFICIENTS["adaptive_kl"](2.0, 5.4, target=6.0, horizon=10_240.0, rollouts=512)
+    fallen = COEFFICIENTS["adaptive_kl"](2.0, 5.4, 512, target=6.0, horizon=10_240.0)
     assert fallen.applied == pytest.approx(2.0 * 0.995)
-    assert COEFFICIENTS["linear_decay"](0.4, 0.0, last=0.1, step=1, steps=3).applied == pytest.approx(0.3)
-    assert COEFFICIENTS["linear_decay"](0.4, 0.0, last=0.1, step=7, steps=3).applied == pytest.approx(0.1)
+    assert COEFFICIENTS["linear_decay"](0.4, 1, 3, last=0.1).applied == pytest.approx(0.3)
+    assert COEFFICIENTS["linear_decay"](0.4, 7, 3, last=0.1).applied == pytest.approx(0.1)
 
 
 def test_an_entropy_bonus_acts_only_below_its_target():

@@ -36,6 +36,7 @@ TURNS = {
     "rewards_S": doubles(0, 1),
     "turn_rewards_U": doubles(1, 0, 0, 2),
     "turn_keys_U": torch.tensor([0, 1, 0, 1]),
+    "turn_states_U": torch.tensor([7, 9, 7, 9]),
     "turn_rollouts_U": torch.tensor([0, 0, 1, 1]),
     "group_starts_G": torch.tensor([0]),
 }

@@ -15,7 +15,7 @@ from rlsys.batch.build import build
 from rlsys.batch.pack import fill_rows, pack
 from rlsys.batch.tensors import Batch, Microbatch
 from rlsys.errors import ConfigError
-from rlsys.records import NOT_SAMPLED, Sample, Version
+from rlsys.records import NOT_SAMPLED, Sample, TeacherScores, Version
 from tests.builders import make_group
 
 VERSION = Version(incarnation=1, step=5)
@@ -33,6 +33,14 @@ def make_sample(index: int, length: int) -> Sample:
         behaviour_logprobs_T=np.where(weighted, -1.0 - place, 0.0).astype(np.float32),
         advantages_T=np.where(weighted, index + 0.5, 0.0).astype(np.float32),
         versions_T=np.where(place % 4 == 1, VERSION.code, NOT_SAMPLED).astype(np.int64),
+        rewards_T=np.where(place == length - 1, index + 0.25, 0.0).astype(np.float32),
+        greedy_reward=float(index),
+        is_correct=index % 2 == 0,
+        teacher=TeacherScores(
+            logprobs_T=(-2.0 - place).astype(np.float32),
+            candidate_ids_TK=np.stack([place, place + 1], axis=1).astype(np.int32),
+            candidate_logprobs_TK=np.stack([-3.0 - place, -4.0 - place], axis=1).astype(np.float32),
+        ),
     )
 
 
@@ -164,7 +172,7 @@ def test_weight_on_a_first_token_no_weight_at_all_and_no_samples_are_refused():
 
 def test_advantage_of_a_group_stands_on_its_sampled_tokens():
     groups = [make_group(0, [[3, 3], [3]], [0.0, 2.0]), make_group(1, [[3], [3, 3, 3]], [1.0, 0.0])]
-    samples = build(groups, advantage=partial(grpo, scale_by_std=False), oldest_step=None)
+    samples = build(groups, advantage=partial(grpo, scale_by_std=False), oldest_step=None, correct_at=1.0)
     assert [sample.rollout_id for sample in samples] == ["test:0:0#0/0", "test:0:0#0/1", "test:0:1#0/0", "test:0:1#0/1"]
     assert [sample.advantages_T.tolist() for sample in samples] == [
         [0, 0, -1, -1],
@@ -177,13 +185,13 @@ def test_advantage_of_a_group_stands_on_its_sampled_tokens():
 
 def test_reward_of_a_dropped_member_stays_in_the_baseline():
     group = replace(make_group(0, [[3], [3]], [1.0, 2.0]), dropped_rewards=(6.0,))
-    samples = build([group], advantage=partial(grpo, scale_by_std=False), oldest_step=None)
+    samples = build([group], advantage=partial(grpo, scale_by_std=False), oldest_step=None, correct_at=1.0)
     assert [sample.advantages_T[-1] for sample in samples] == [-2.0, -1.0]
 
 
 def test_tokens_older_than_the_oldest_step_lose_their_weight_and_a_sample_without_weight_leaves():
     group = make_group(0, [[4, 4, 5, 6], [4, 4], [5, 5]], [1.0, 2.0, 6.0])
-    samples = build([group], advantage=partial(grpo, scale_by_std=False), oldest_step=5)
+    samples = build([group], advantage=partial(grpo, scale_by_std=False), oldest_step=5, correct_at=1.0)
     assert [sample.rollout_id for sample in samples] == ["test:0:0#0/0", "test:0:0#0/2"]
     assert samples[0].weight_mask_T.tolist() == [False, False, False, False, True, True]
     assert samples[0].advantages_T.tolist() == [0, 0, 0, 0, -2, -2]
@@ -194,5 +202,5 @@ def test_unscored_rollout_is_refused_and_empty_groups_give_nothing():
     group = make_group(0, [[3], [3]], [1.0, 2.0])
     unscored = replace(group, rollouts=(group.rollouts[0], replace(group.rollouts[1], reward=None)))
     with pytest.raises(ValueError, match="test:0:0#0/1"):
-        build([unscored], advantage=grpo, oldest_step=None)
-    assert build([replace(group, rollouts=())], advantage=grpo, oldest_step=None) == []
+        build([unscored], advantage=grpo, oldest_step=None, correct_at=1.0)
+    assert build([replace(group, rollouts=())], advantage=grpo, oldest_step=None, correct_at=1.0) == []

@@ -111,10 +111,9 @@ def test_under_mask_a_rollout_leaves_only_when_all_of_its_tokens_are_too_old():
 
 
 def test_the_lead_is_full_at_eta_plus_one_batches():
-    limit = lead_limit(max_staleness=1, batch_rollouts=8)
-    assert limit == 16
-    assert may_start(lead=12, group_size=4, limit=limit)
-    assert not may_start(lead=13, group_size=4, limit=limit)
+    assert lead_limit(max_staleness=1, batch_rollouts=8) == 16
+    assert may_start(groups_standing=3, prompts_per_batch=2, max_staleness=1)
+    assert not may_start(groups_standing=4, prompts_per_batch=2, max_staleness=1)
 
 
 def test_a_rollout_without_a_token_to_train_has_no_age():

@@ -9,6 +9,7 @@ from rlsys.config.presets import PRESETS, resolve
 from rlsys.config.schema import AlgoSection, Config, Preset, Row
 from rlsys.errors import ConfigError
 
+NAMED_ALONE = {"kl", "kl_control", "entropy_control"}  # rows that no preset sets
 YAML = """\
 run:
   name: first
@@ -125,7 +126,7 @@ def test_a_key_like_nothing_gets_the_list_of_keys_and_no_guess():
         ("train.zero_stage=7", "train.zero_stage", "0, 1, 2 or 3"),
         ("train.betas=[0.9]", "train.betas.1", "value"),
         ("train.betas=[0.9, 1.5]", "train.betas.1", "less than 1"),
-        ("algo.preset=ppo", "algo.preset", "grpo"),
+        ("algo.preset=ppoo", "algo.preset", "grpo"),
         ("rollout.age_policy=forget", "rollout.age_policy", "drop"),
         ("rollout.vllm=3", "rollout.vllm", "mapping"),
         ("rollout=3", "rollout", "mapping"),
@@ -211,6 +212,7 @@ def test_a_preset_fills_the_rows_left_open_and_no_other():
 
 def test_every_preset_of_the_schema_names_every_row():
     rows = {key.rpartition(".")[2] for key, field in config_keys() if key.startswith("algo.") and "Row" in str(field)}
-    assert rows == {"advantage", "loss", "correction", "rejections", "aggregation"}
-    assert all(set(preset) == rows | {"anchor"} for preset in PRESETS.values())
+    by_presets = {"advantage", "loss", "correction", "rejections", "aggregation", "shaping", "selection"}
+    assert rows == by_presets | NAMED_ALONE
+    assert all(set(preset) == (rows - NAMED_ALONE) | {"anchor", "steps_per_batch"} for preset in PRESETS.values())
     assert set(get_args(Preset)) == set(PRESETS)

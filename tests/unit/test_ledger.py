@@ -70,6 +70,14 @@ def test_a_draw_that_is_neither_trained_nor_on_its_way_nor_waiting_nor_given_up_
             ledger.check_draws(SourceCounts(drawn=drawn, waiting=2))
 
 
+def test_a_filtered_draw_is_accounted_for_apart():
+    ledger = Ledger(RunState(groups_trained=3, filtered=2))
+    ledger.check_draws(SourceCounts(drawn=6, waiting=1))
+    ledger.filtered += 1
+    with pytest.raises(LawBroken, match="6 draws were handed out, 7 are accounted for.*filtered 3"):
+        ledger.check_draws(SourceCounts(drawn=6, waiting=1))
+
+
 def test_what_was_saved_stands_again_and_the_sums_go_on():
     groups = (make_group(1, [[0], [0]]), make_group(2, [[0], [0], [1]]))
     ledger = Ledger(RunState(groups=groups, trained=10, groups_trained=5, dropped={DropCause.EMPTY: 2}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from rlsys.envs.single_turn import SingleTurn
 from rlsys.errors import EngineLost
 from rlsys.records import NOT_SAMPLED, Draw, DropCause, Probe, Prompt, RolloutGroup, StopReason, Version, WeightVersion
-from rlsys.rollout.play import PlaySpec, following_tokens, opening_tokens, play_group, rollout_seed
+from rlsys.rollout.play import PlaySpec, following_tokens, greedy_id, opening_tokens, play_group, rollout_seed
 from rlsys.rollout.sim_engine import SimEngine
 from rlsys.sim.clock import VirtualClock
 
@@ -46,7 +47,7 @@ class AskAgain:
         return ({"role": "user", "content": "again"},) if len(self.completions) == 1 else None
 
 
-def _play(answer, *, env=SingleTurn, tokenizer=None, group_size: int = 2, max_tokens: int = 8, **engine_options):
+def _play(answer, *, env=SingleTurn, tokenizer=None, max_tokens=8, greedy_baseline=False, **engine_options):
     async def play() -> RolloutGroup:
         probe = Probe(token_ids=(), logprobs=())
         version = Version(incarnation=1, step=4)
@@ -55,7 +56,7 @@ def _play(answer, *, env=SingleTurn, tokenizer=None, group_size: int = 2, max_to
         )
         return await play_group(
             PROMPT,
-            PlaySpec(group_size=group_size, temperature=1.0, max_tokens=max_tokens, seed=11),
+            PlaySpec(group_size=2, temperature=1.0, max_tokens=max_tokens, seed=11, greedy_baseline=greedy_baseline),
             engine=engine,
             engine_name="sim-0",
             make_env=env,
@@ -138,6 +139,21 @@ def test_a_first_token_that_tokenizer_and_template_both_put_stands_there_once(ch
     )
     tokenizer.bos_token = "<model>"
     assert opening_tokens(tokenizer, "one two") == [MODEL, *opening]
+
+
+def test_a_greedy_member_is_played_beside_the_others():
+    asked = {}
+
+    def answer(request, version):
+        asked[request.request_id] = request.temperature
+        return [THREE, END] if request.temperature else [MORE, END]
+
+    group = _play(answer, greedy_baseline=True)
+    assert asked == {"t:0:0#0/0:0": 1.0, "t:0:0#0/1:0": 1.0, "t:0:0#0/greedy:0": 0.0}
+    assert [member.completion for member in group.rollouts] == ["three", "three", "more"]
+    assert group.rollouts[2].rollout_id == greedy_id(group.group_id)
+    spec = PlaySpec(group_size=2, temperature=1.0, max_tokens=8, seed=0)
+    assert (spec.num_members, replace(spec, greedy_baseline=True).num_members) == (2, 3)
 
 
 def test_refused_and_empty_members_are_dropped_by_cause():

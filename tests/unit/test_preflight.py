@@ -10,7 +10,7 @@ from rlsys.config.load import apply_overrides, dump_config
 from rlsys.config.presets import PRESETS, resolve
 from rlsys.config.schema import Config, Row
 from rlsys.errors import ConfigError
-from rlsys.plan import facts, references
+from rlsys.plan import algorithm, facts, references
 from rlsys.plan.preflight import preflight
 from rlsys.prompts.question import Question
 from rlsys.prompts.source import LoadedData, PromptSource
@@ -154,18 +154,29 @@ def test_a_file_in_place_of_the_run_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "what", "got"),
     [
-        (["algo.loss={name: vapo_clip}"], "algo.loss.name", "correct_T"),
-        (["algo.advantage={name: gae}"], "algo.advantage.name", "values_T"),
-        (["algo.advantage={name: turn_grpo}"], "algo.advantage.name", "turn_rewards_U"),
         (["algo.loss={name: gspo}"], "algo.aggregation", "token_mean with the loss gspo"),
         (["algo.loss={name: topr}"], "algo.anchor", "proximal with the loss topr"),
         (["algo.rejections=[{name: veto}, {name: tis}]"], "algo.rejections.1.name", "rejects none"),
         (["algo.aggregation={name: constant}"], "algo.aggregation.tokens", "nothing"),
         (["algo.rejections=[{name: reject_k2, hihg: 3}]"], "algo.rejections.0.hihg", "no such parameter"),
+        (["algo.shaping=[{name: cosine}]"], "algo.shaping.0.name", "'cosine'"),
+        (["algo.kl={name: k3}", "algo.kl_in=reward"], "algo.kl_in", "advantage grpo"),
+        (["algo.kl={name: k1}"], "algo.kl", "expected gradient is 0"),
+        (["algo.kl={name: k3}", "algo.kl_coef=0"], "algo.kl_coef", "for nothing"),
+        (["algo.kl_coef=0.1"], "algo.kl_coef", "acts on nothing"),
+        (["algo.reference_every_steps=5"], "algo.reference_every_steps", "acts on nothing"),
+        (["algo.kl={name: k3}", "algo.kl_control={name: adaptive_entropy}"], "algo.kl_control.name", "other term"),
+        (["algo.entropy_control={name: linear_decay}"], "algo.entropy_control", "acts on nothing"),
+        (["critic.lr=0.1"], "critic.lr", "needs no critic"),
+        (["algo.preset=ppo", "critic.loss={name: absolute}"], "critic.loss.name", "'absolute'"),
+        (["teacher.top_k=4"], "teacher.top_k", "no teacher"),
+        (["teacher.path=tiny", "rollout.temperature=0.7"], "rollout.temperature=0.7", "temperature 1"),
+        (["rollout.group_size=1"], "rollout.group_size=1", "grpo, which compares"),
+        (["algo.selection=[{name: roc, keep: 8}]", "rollout.group_size=8"], "algo.selection.0.keep", "8 of groups"),
     ],
 )
-def test_rows_that_cannot_be_computed_or_do_not_fit_together_are_refused(rows, what, got):
-    error = refused(references.check_rows, resolve(config_of(*rows)))
+def test_rows_that_do_nothing_or_do_not_fit_together_are_refused(rows, what, got):
+    error = refused(algorithm.check_rows, resolve(config_of(*rows)))
     assert error.what == what and got in error.got and error.remedy
 
 
@@ -192,11 +203,11 @@ def test_the_behaviour_anchor_stands_for_a_correction_of_stale_tokens():
 @pytest.mark.parametrize("correction", ["aipo", "icepop", "mis", "importance"])
 def test_rows_of_tokens_and_sequences_can_be_combined(loss, correction):
     config = resolve(config_of(f"algo.loss={{name: {loss}}}", f"algo.correction={{name: {correction}}}"))
-    assert references.check_rows(config)["loss"].startswith(loss)
+    assert algorithm.check_rows(config)["loss"].startswith(loss)
 
 
 def test_rows_are_written_out_with_their_defaults():
-    assert references.check_rows(config_of("algo.correction={name: tis, cap: 3}")) == {
+    assert algorithm.check_rows(config_of("algo.correction={name: tis, cap: 3}")) == {
         "advantage": "grpo(scale_by_std=True, eps=1e-06, unbiased=True)",
         "loss": "ppo_clip(eps_low=0.2, eps_high=0.2)",
         "correction": "tis(cap=3)",
@@ -217,7 +228,7 @@ def test_rows_are_written_out_with_their_defaults():
     ],
 )
 def test_a_row_that_is_no_call_of_its_function_is_refused(override, what, remedy):
-    error = refused(references.check_rows, config_of(override))
+    error = refused(algorithm.check_rows, config_of(override))
     assert error.what == what and remedy in error.remedy
 
 
@@ -226,7 +237,7 @@ def test_a_parameter_without_default_has_to_be_given():
         return rewards_S
 
     config = config_of("algo.advantage={name: mine}")
-    check = partial(references.check_row, "algo.advantage", table={"mine": row})
+    check = partial(algorithm.check_row, "algo.advantage", table={"mine": row})
     assert refused(check, config.algo.advantage).what == "algo.advantage.power"
 
 
@@ -302,7 +313,7 @@ def found_of(config: Config) -> facts.Found:
     data = LoadedData(name="test", split=Split(train=questions[:160], held_out=questions[160:]))
     assert config.algo.loss is not None
     return facts.Found(
-        rows=references.check_rows(config),
+        rows=algorithm.check_rows(config),
         is_ratio_loss=config.algo.loss.name != "reinforce",
         source=PromptSource(data, seed=0, max_requeues=0),
         longest_prompt_tokens=6,

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,19 @@ import torch
 
 from rlsys.errors import RlsysError
 from rlsys.records import Draw, DropCause, Prompt
-from rlsys.reward.call import score_members
+from rlsys.reward import call
 from rlsys.reward.result import RewardFailure, RewardResult
+from tests.builders import make_completion
 
 PROMPT = Prompt(draw=Draw(source="s", index=0, epoch=0), content="1+2=", answer="3", fields={"level": 2})
+
+
+def score_members(function, prompt, texts, timeout_s):
+    return call.score_members(function, prompt, [make_completion(text) for text in texts], timeout_s)
+
+
+def result_with(**wrong: Any) -> RewardResult:
+    return RewardResult(**wrong)
 
 
 def score_returning(value):
@@ -52,6 +62,12 @@ def test_every_kind_of_number_is_a_reward(value, reward):
         (RewardResult(math.nan), "the reward is nan"),
         (RewardResult(1.0, {"format": math.inf}), "the part 'format' of the reward is inf"),
         (10**400, "OverflowError"),
+        (RewardResult(), "the reward is None"),
+        (result_with(turn_rewards=0.5), "RewardResult.turn_rewards is 0.5; it must be a sequence of numbers"),
+        (result_with(token_rewards="0.5"), "RewardResult.token_rewards is '0.5'; it must be a sequence"),
+        (RewardResult(1.0, token_rewards=[0.0, math.nan]), "RewardResult.token_rewards[1] is nan"),
+        (result_with(turn_rewards=[None]), "RewardResult.turn_rewards[0] is None"),
+        (RewardResult(turn_rewards=[1.0], token_rewards=[1.0]), "beside turn_rewards and token_rewards"),
     ],
 )
 def test_what_is_no_finite_number_is_an_error_with_a_sentence(value, sentence):
@@ -62,6 +78,27 @@ def test_what_is_no_finite_number_is_an_error_with_a_sentence(value, sentence):
 
 def test_parts_travel_with_the_reward():
     assert score_returning(RewardResult(1, {"right": True})) == RewardResult(reward=1.0, parts={"right": 1.0})
+
+
+def test_the_reward_of_the_whole_is_the_sum_of_those_of_its_turns_or_tokens_where_it_is_left_out():
+    turns = score_returning(RewardResult(turn_rewards=[1, np.float32(0.5)]))
+    assert turns == RewardResult(reward=1.5, turn_rewards=(1.0, 0.5))
+    tokens = score_returning(RewardResult(token_rewards=np.array([0.25, 0.0, -1.0])))
+    assert tokens == RewardResult(reward=-0.75, token_rewards=(0.25, 0.0, -1.0))
+    both = score_returning(RewardResult(3, turn_rewards=[1.0], token_rewards=(0.5,)))
+    assert both == RewardResult(reward=3.0, turn_rewards=(1.0,), token_rewards=(0.5,))
+
+
+def test_a_function_that_names_them_is_given_the_sampled_tokens_and_the_lengths_of_its_turns():
+    def ends_of_turns(prompt, completion, answer, completion_ids, turn_lengths, level):
+        assert (completion, level) == ("last answer", 2) and isinstance(completion_ids, list)
+        return RewardResult(
+            token_rewards=[float(token_id == 9) for token_id in completion_ids], parts={"turns": len(turn_lengths)}
+        )
+
+    completion = make_completion("last answer", (4, 5, 9), (6, 9))
+    [outcome] = call.score_members(ends_of_turns, PROMPT, [completion], 5.0)
+    assert outcome == RewardResult(reward=2.0, parts={"turns": 2.0}, token_rewards=(0.0, 0.0, 1.0, 0.0, 1.0))
 
 
 def test_plain_function_that_returns_a_coroutine_is_told_to_be_async():

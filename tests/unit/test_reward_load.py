@@ -9,6 +9,9 @@ from rlsys.errors import ConfigError
 from rlsys.records import Draw, Prompt
 from rlsys.reward.builtin import exact_match, reasoning_gym_score
 from rlsys.reward.load import arguments_for, check_reward, is_async_reward, load_reward
+from tests.builders import make_completion
+
+THREE = make_completion("3")
 
 
 @pytest.fixture
@@ -87,15 +90,25 @@ def test_required_argument_must_be_a_column_of_the_data():
 
 
 def test_function_gets_the_columns_it_names_or_all_of_them():
-    named = arguments_for(lambda prompt, completion, answer, level: 0.0, prompt(level=3, source="x"), "3")
+    named = arguments_for(lambda prompt, completion, answer, level: 0.0, prompt(level=3, source="x"), THREE)
     assert named == {"prompt": "1+2=", "completion": "3", "answer": "3", "level": 3}
-    everything = arguments_for(exact_match, prompt(level=3, source="x", completion="not the model's"), "3")
+    everything = arguments_for(exact_match, prompt(level=3, source="x", completion="not the model's"), THREE)
     assert everything == {"prompt": "1+2=", "completion": "3", "answer": "3", "level": 3, "source": "x"}
+
+
+def test_the_sampled_tokens_are_given_to_who_names_them_and_to_nobody_else():
+    def by_tokens(prompt, completion, answer, completion_ids, turn_lengths, **fields): ...
+
+    check_reward(by_tokens, ["level"])
+    completion = make_completion("3", (7, 8), (9,))
+    given = arguments_for(by_tokens, prompt(level=3, completion_ids="a column"), completion)
+    assert given["completion_ids"] == [7, 8, 9] and given["turn_lengths"] == [2, 1] and given["level"] == 3
+    assert "completion_ids" not in arguments_for(exact_match, prompt(level=3), completion)
 
 
 def test_messages_are_copies_of_the_prompts():
     question = prompt(content=({"role": "user", "content": "1+2="},))
-    given = arguments_for(exact_match, question, "3")["prompt"]
+    given = arguments_for(exact_match, question, THREE)["prompt"]
     given[0]["content"] = "changed"
     assert question.content[0]["content"] == "1+2="
 

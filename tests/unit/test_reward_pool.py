@@ -2,14 +2,16 @@
 
 import asyncio
 import pickle
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from rlsys.errors import TooManyDrops, WaitTimeout
-from rlsys.records import DropCause
+from rlsys.records import NOT_SAMPLED, DropCause
 from rlsys.reward.pool import RewardPool
 from rlsys.reward.result import RewardFailure, RewardResult, WorkerDied
-from tests.builders import make_unscored_group
+from tests.builders import make_rollout, make_unscored_group
 
 ERROR = RewardFailure(cause=DropCause.REWARD_ERROR, detail="Traceback: first")
 
@@ -24,6 +26,7 @@ class ScriptedWorker:
         self.busy = False
 
     async def score(self, prompt, completions):
+        completions = [completion.text for completion in completions]
         assert not self.busy, "a worker was asked while it was busy"
         self.asked.append(list(completions))
         self.busy = True
@@ -31,7 +34,10 @@ class ScriptedWorker:
         if "die" in completions:
             raise WorkerDied("killed by signal 9")
         self.busy = False
-        return [ERROR if text == "error" else RewardResult(float(text), {"right": 1.0}) for text in completions]
+        return [ERROR if text == "error" else self.result(float(text)) for text in completions]
+
+    def result(self, reward):
+        return RewardResult(reward, {"right": 1.0})
 
     async def restart(self):
         self.restarts += 1
@@ -131,6 +137,45 @@ def test_any_success_ends_a_row_of_drops():
     pool = make_pool(ScriptedWorker(), max_drops_in_a_row=3)
     for index in range(5):
         score(pool, make_unscored_group("error", "1", "error", index=index))
+
+
+class TurnWorker(ScriptedWorker):
+    """The reward says how many turns, and how many tokens, are rewarded: 2.3 is two turns and three tokens."""
+
+    def result(self, reward):
+        turns, tokens = divmod(round(10 * reward), 10)
+        return RewardResult(reward, turn_rewards=(0.5,) * turns, token_rewards=(0.25,) * tokens)
+
+
+def two_turns(group):
+    """The group with rollouts of two turns: two sampled tokens, one of the environment, one sampled."""
+    sampled_T = np.array([False, False, True, True, False, True])
+
+    def longer(rollout):
+        made = make_rollout(rollout.rollout_id, [0, 0, 0, 0], reward=None)
+        versions_T = np.where(sampled_T, made.versions_T, NOT_SAMPLED)
+        return replace(made, completion=rollout.completion, versions_T=versions_T, loss_mask_T=sampled_T)
+
+    return replace(group, rollouts=tuple(map(longer, group.rollouts)))
+
+
+def test_rewards_of_turns_and_tokens_travel_with_the_rollout():
+    group = two_turns(make_unscored_group("2.3"))
+    [scored] = score(make_pool(TurnWorker()), group)
+    (rollout,) = scored.rollouts
+    assert rollout.turn_rewards == (0.5, 0.5) and rollout.token_rewards == (0.25, 0.25, 0.25)
+    assert rollout.reward == 2.3
+
+
+def test_rewards_for_other_turns_or_tokens_than_there_are_drop_the_rollout_with_a_sentence():
+    group = two_turns(make_unscored_group("2.3", "1.3", "2.4"))
+    [scored] = score(make_pool(TurnWorker()), group)
+    assert causes(scored) == {"1": DropCause.REWARD_ERROR, "2": DropCause.REWARD_ERROR}
+    details = [member.detail for member in scored.dropped]
+    assert "turn_rewards holds 1 numbers; the rollout has 2 turns" in details[0]
+    assert "token_rewards holds 4 numbers; the rollout has 3 sampled tokens" in details[1]
+    with pytest.raises(TooManyDrops, match="2 rollouts in a row got no reward(.|\n)*has 2 turns"):
+        score(make_pool(TurnWorker(), max_drops_in_a_row=2), group)
 
 
 def test_group_without_members_asks_nobody():

@@ -34,6 +34,7 @@ def state_at(source, step: int) -> RunState:
         groups_trained=2 * step,
         dropped={DropCause.TOO_STALE: 3},
         given_up=1,
+        filtered=2,
         totals={"wall_s": 2.5, "evals": {"eval_before": 0.25}},
     )
 
@@ -61,6 +62,7 @@ def test_what_was_saved_is_what_the_next_life_starts_with(run):
     start = find_start(store, commits, new_source())
     assert start.state.version == state.version and start.state.cursor == state.cursor
     assert (start.state.trained, start.state.groups_trained, start.state.given_up) == (32, 8, 1)
+    assert start.state.filtered == 2
     assert start.state.dropped == {DropCause.TOO_STALE: 3} and start.state.totals == state.totals
     (group,) = start.state.groups
     assert group.prompt == state.groups[0].prompt

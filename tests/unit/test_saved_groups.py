@@ -16,10 +16,12 @@ from hypothesis.extra import numpy as stn
 
 from rlsys.buffer.saved import groups_from_arrays, groups_to_arrays
 from rlsys.errors import CheckpointDamaged
-from rlsys.records import Draw, DropCause, DroppedRollout, Prompt, Rollout, RolloutGroup, StopReason
+from rlsys.records import Draw, DropCause, DroppedRollout, Prompt, Rollout, RolloutGroup, StopReason, TeacherScores
 from tests.builders import make_group, make_unscored_group
 
 NUMBERS = st.floats(allow_nan=False)  # infinities too: -inf is a log-probability
+PARTS = st.dictionaries(st.text(max_size=3), NUMBERS, max_size=2)
+REWARDS = st.lists(NUMBERS, max_size=3).map(tuple)
 
 
 def prompt_of(index: int, epoch: int, attempt: int) -> Prompt:
@@ -31,14 +33,22 @@ def prompt_of(index: int, epoch: int, attempt: int) -> Prompt:
 def rollouts(draw: st.DrawFn) -> Rollout:
     length = draw(st.integers(0, 6))
 
-    def array(dtype: type, elements: st.SearchStrategy[Any] | None = None) -> st.SearchStrategy[Any]:
-        return stn.arrays(dtype, length, elements=elements)
+    def array(dtype: type, elements: st.SearchStrategy[Any] | None = None, *more: int) -> st.SearchStrategy[Any]:
+        return stn.arrays(dtype, (length, *more), elements=elements)
+
+    logprobs, num_candidates = st.floats(allow_nan=False, width=32), draw(st.integers(0, 2))
+    teacher = st.builds(
+        TeacherScores,
+        logprobs_T=array(np.float32, logprobs),
+        candidate_ids_TK=array(np.int32, None, num_candidates),
+        candidate_logprobs_TK=array(np.float32, logprobs, num_candidates),
+    )
 
     return Rollout(
         rollout_id=draw(st.text(max_size=5)),
         token_ids_T=draw(array(np.int32)),
         loss_mask_T=draw(array(np.bool_)),
-        behaviour_logprobs_T=draw(array(np.float32, st.floats(allow_nan=False, width=32))),
+        behaviour_logprobs_T=draw(array(np.float32, logprobs)),
         versions_T=draw(array(np.int64)),
         num_prompt_tokens=draw(st.integers(0, 9)),
         completion=draw(st.text(max_size=9)),
@@ -46,7 +56,11 @@ def rollouts(draw: st.DrawFn) -> Rollout:
         engine=draw(st.text(max_size=3)),
         seconds=draw(NUMBERS),
         reward=draw(st.none() | NUMBERS),
-        reward_parts=draw(st.dictionaries(st.text(max_size=3), NUMBERS, max_size=2)),
+        reward_parts=draw(PARTS),
+        turn_rewards=draw(st.none() | REWARDS),
+        token_rewards=draw(st.none() | REWARDS),
+        shaped_by=draw(NUMBERS),
+        teacher=draw(st.none() | teacher),
     )
 
 
@@ -56,7 +70,9 @@ GROUPS = st.builds(
     prompt=st.builds(prompt_of, st.integers(0, 1 << 40), st.integers(0, 99), st.integers(0, 9)),
     rollouts=st.lists(rollouts(), max_size=3).map(tuple),
     dropped=st.lists(DROPPED, max_size=2).map(tuple),
-    dropped_rewards=st.lists(NUMBERS, max_size=2).map(tuple),
+    dropped_rewards=REWARDS,
+    dropped_parts=st.lists(PARTS, max_size=2).map(tuple),
+    greedy_reward=st.none() | NUMBERS,
 )
 
 
@@ -76,6 +92,8 @@ def comparable(group: RolloutGroup) -> tuple[Any, ...]:
     def plain(value: Any) -> Any:
         if isinstance(value, np.ndarray):
             return value.dtype, value.shape, value.tobytes()
+        if isinstance(value, TeacherScores):
+            return [plain(getattr(value, field.name)) for field in fields(value)]
         return (value, math.copysign(1.0, value)) if isinstance(value, float) else value
 
     members = [[plain(getattr(rollout, field.name)) for field in fields(rollout)] for rollout in group.rollouts]
@@ -111,8 +129,28 @@ def test_the_number_of_arrays_does_not_grow_with_the_groups():
     assert len(many["token_ids_T"]) == 9 * 2 * 3 and many["lengths_S"].tolist() == [3] * 18
 
 
-@pytest.mark.parametrize("name", ["token_ids_T", "versions_T", "lengths_S"])
-def test_arrays_that_do_not_fit_are_refused(name):
-    arrays, plain = groups_to_arrays([make_group(0, [[0], [0]])])
+def test_what_only_some_rollouts_have_comes_back_with_those_that_had_it():
+    group = make_group(0, [[0], [0], [0]])
+    plain, taught, rewarded = group.rollouts
+    scores = TeacherScores(
+        logprobs_T=np.array([0.0, -1.0, -2.0], dtype=np.float32),
+        candidate_ids_TK=np.array([[1, 2], [3, 4], [5, 6]], dtype=np.int32),
+        candidate_logprobs_TK=np.array([[0, -1], [-2, -3], [-4, -5]], dtype=np.float32),
+    )
+    members = (plain, replace(taught, teacher=scores, turn_rewards=(0.5,)), replace(rewarded, token_rewards=(0.1, 0.2)))
+    (read,) = saved_and_read([replace(group, rollouts=members, greedy_reward=0.75)])
+    assert [member.teacher is None for member in read.rollouts] == [True, False, True]
+    assert read.rollouts[1].teacher.candidate_ids_TK.tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert [member.turn_rewards for member in read.rollouts] == [None, (0.5,), None]
+    assert [member.token_rewards for member in read.rollouts] == [None, None, (0.1, 0.2)]
+    assert read.greedy_reward == 0.75
+
+
+@pytest.mark.parametrize("name", ["token_ids_T", "versions_T", "lengths_S", "token_rewards"])
+@pytest.mark.parametrize("change", [lambda array: array[:-1], lambda array: np.append(array, array[:1])])
+def test_arrays_that_do_not_fit_are_refused(name, change):
+    group = make_group(0, [[0], [0]])
+    group = replace(group, rollouts=(replace(group.rollouts[0], token_rewards=(0.5,)), group.rollouts[1]))
+    arrays, plain = groups_to_arrays([group])
     with pytest.raises(CheckpointDamaged, match="do not fit together"):
-        groups_from_arrays({**arrays, name: arrays[name][:-1]}, plain, prompt_of)
+        groups_from_arrays({**arrays, name: change(arrays[name])}, plain, prompt_of)

@@ -48,6 +48,30 @@ def test_entropy_is_that_of_the_distribution_the_token_was_drawn_from():
     assert not result.entropy.requires_grad
 
 
+@pytest.mark.parametrize("chunk_elements", [1 << 23, 30])
+def test_candidates_and_entropy_carry_the_gradient_of_their_formulas(monkeypatch, chunk_elements):
+    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", chunk_elements)
+    torch.manual_seed(0)
+    values, candidates = 3 * torch.randn(2, 6, 10), torch.randint(0, 10, (2, 6, 3))
+    of_tokens, of_entropy, of_candidates = torch.randn(2, 6), torch.randn(2, 6), torch.randn(2, 6, 3)
+    logits, plain = values.clone().requires_grad_(), values.double().requires_grad_()
+    result = token_logprobs(
+        logits, TOKEN_IDS, POSITION_IDS, temperature=0.7, candidate_ids=candidates, entropy_gradient=True
+    )
+    table = torch.log_softmax(plain / 0.7, dim=-1).roll(1, dims=1)  # row t - 1 speaks of token t
+    begins = POSITION_IDS == 0
+    entropy = -(table.exp() * table).sum(-1).masked_fill(begins, 0.0)
+    looked_up = table.gather(2, candidates).masked_fill(begins[..., None], 0.0)
+    torch.testing.assert_close(result.entropy, entropy.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result.candidate_logprobs, looked_up.float(), atol=1e-5, rtol=1e-5)
+    ((result.logprobs * of_tokens).sum() + (result.entropy * of_entropy).sum()).add(
+        (result.candidate_logprobs * of_candidates).sum()
+    ).backward()
+    wanted = (reference(plain, 0.7) * of_tokens).sum() + (entropy * of_entropy).sum()
+    (wanted + (looked_up * of_candidates).sum()).backward()
+    torch.testing.assert_close(logits.grad, plain.grad.float(), atol=1e-5, rtol=1e-5)
+
+
 def test_bfloat16_logits_give_float32_logprobs():
     torch.manual_seed(0)
     logits = torch.randn(2, 6, 10).bfloat16().requires_grad_()

@@ -73,6 +73,7 @@ def _collect_centred(rewards_S: Tensor, group_starts_G: Tensor, lengths_S: Tenso
             "verl": "reinforce_plus_plus_baseline",
             "OpenRLHF": "reinforce_baseline",
             "slime": "reinforce_plus_plus_baseline",
+            "NeMo-RL": "its REINFORCE++ estimator",
         },
         prepass=Prepass(collect=_collect_centred, settle=settle_moments),
     )

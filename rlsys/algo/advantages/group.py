@@ -52,6 +52,7 @@ def scaled(centred_S: Tensor, scale_S: Tensor) -> Tensor:
             "AReaL": "reward_norm over the group",
             "SkyRL": "grpo, eps 1e-6",
             "slime": "grpo, eps 1e-6",
+            "NeMo-RL": "grpo, eps 1e-6, only where the std is above 0",
         },
     )
 )
@@ -111,6 +112,7 @@ def dr_grpo(rewards_S: Tensor, group_starts_G: Tensor) -> Tensor:
             "OpenRLHF": "rloo",
             "TRL": "RLOOTrainer",
             "SkyRL": "rloo",
+            "Trinity": "rloo",
         },
     )
 )

@@ -145,9 +145,10 @@ def _collect_gae(
         gives="token",
         needs=(Need.CRITIC,),
         peers={
-            "verl": "gae, gamma 1, lam 1",
+            "verl": "gae, gamma 1, lam 1; steps over environment tokens as here",
             "OpenRLHF": "gae, gamma 1, lambd 1",
-            "AReaL": "discount 1, gae_lambda 1, adv_norm off",
+            "AReaL": "discount 1, gae_lambda 1; whitened only where adv_norm is set",
+            "SkyRL": "gae",
             "slime": "ppo",
             "ROLL": "gae, lambd 0.95",
         },

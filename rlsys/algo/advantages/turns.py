@@ -90,7 +90,7 @@ def turn_grpo(
 def gigpo(
     rewards_S: Tensor,
     turn_rewards_U: Tensor,
-    turn_keys_U: Tensor,
+    turn_states_U: Tensor,
     turn_rollouts_U: Tensor,
     group_starts_G: Tensor,
     *,
@@ -101,12 +101,13 @@ def gigpo(
 ) -> Tensor:
     """A = grpo(rewards of the rollouts) + step_weight * ``turn_grpo`` with the state of the environment as key.
 
-    Arguments and result as in ``turn_grpo``; ``rewards_S`` are the rewards of whole rollouts.
+    Turns before which the environment said the same are like ones. The rest is as in ``turn_grpo``; ``rewards_S`` are
+    the rewards of whole rollouts.
     """
     rollout_S = grpo(rewards_S, group_starts_G, scale_by_std=scale_by_std, eps=eps)
     step_U = turn_grpo(
         turn_rewards_U,
-        turn_keys_U,
+        turn_states_U,
         turn_rollouts_U,
         group_starts_G,
         gamma=gamma,

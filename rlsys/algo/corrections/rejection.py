@@ -52,7 +52,8 @@ def _rejecting(name: str, statistic_T: Tensor, kept_T: Tensor, mask_T: Tensor) -
         scope=Scope.SEQUENCE,
         keeps_count=False,
         peers={
-            "verl": "rollout_rs token_k1, seq_sum_k1, seq_mean_k1: bounds on 1 / k",
+            "verl": "rollout_rs token_k1, seq_sum_k1, seq_mean_k1 (0.999_1.001); its code bounds 1 / k, its documents "
+            "say k",
             "SkyRL": "sequence_mask_metric geometric [0.99, 1.01], product [0.5, 2]; token_mask_is_threshold",
             "slime": "MIS helper, rs at token, sequence or geometric, [0.9999, 1.0001] for the last",
             "ROLL": "filter ratio, [0.8, 1.2]",

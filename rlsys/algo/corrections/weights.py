@@ -29,10 +29,11 @@ def none(proximal_logprobs_T: Tensor, behaviour_logprobs_T: Tensor, mask_T: Tens
         peers={
             "verl": "rollout_is token, rollout_is_threshold 2.0",
             "OpenRLHF": "is_correction_type tis: held in [0.5, 5.0]",
-            "AReaL": "rejection_sampling level token, action clamp, metric ratio",
+            "AReaL": "rejection_sampling level token, action clamp, metric ratio, upper 5.0",
             "SkyRL": "tis_ratio_type token, 2.0",
             "slime": "use_tis, tis_clip 2.0, tis_clip_low 0",
-            "TRL": 'vllm_importance_sampling_mode="token_truncate"',
+            "TRL": 'vllm_importance_sampling_mode="token_truncate", clip_max 3.0; its default is our mis',
+            "NeMo-RL": "truncated_importance_sampling_type tis, off by default; with _ratio_min held from below too",
         },
     )
 )
@@ -55,6 +56,10 @@ def tis(proximal_logprobs_T: Tensor, behaviour_logprobs_T: Tensor, mask_T: Tenso
         scope=Scope.SEQUENCE,
         peers={
             "verl": "rollout_is token or sequence; threshold C truncates, lo_hi masks",
+            "TRL": 'vllm_importance_sampling_mode="sequence_truncate", clip_max 3.0',
+            "OpenRLHF": "is_correction_type tis: level token, mode clip, 0.5 and 5.0",
+            "AReaL": "rejection_sampling level token or sequence (its mean: geometric), mask or clamp, upper 5.0",
+            "SkyRL": "tis_ratio_type sequence, 5.0",
             "slime": "MIS helper: token, sequence or geometric; truncate, clip or mask",
             "ROLL": "is_weight at token, segment (here turn), geometric or sequence, held in [0, 1.2]",
         },
@@ -87,7 +92,9 @@ def importance(
     RowFacts(
         source="AIPO of LlamaRL, Wu et al. 2025, arXiv:2505.24034",
         peers={
+            "verl": "bypass_mode with loss_type reinforce and rollout_is token, threshold 2.0",
             "prime-rl": "its former default",
+            "cosmos-rl": "aipo_rho, 2 to 10",
             "PipelineRL": "reinforce: cap 1 + eps_high",
             "ROLL": "loss tis: cap 1",
         },

@@ -22,10 +22,11 @@ from rlsys.algo.segments import Segments
         is_ratio_loss=True,
         peers={
             "verl": "vanilla, clip_ratio 0.2, with the dual clip at 3 switched on",
-            "TRL": "epsilon 0.2, epsilon_high",
-            "OpenRLHF": "eps_clip 0.2",
-            "AReaL": "eps_clip 0.2, eps_clip_higher",
+            "TRL": "epsilon 0.2, epsilon_high; its asynchronous trainer: at the behaviour anchor, without a correction",
+            "OpenRLHF": "policy_loss_type ppo, eps_clip 0.2",
+            "AReaL": "eps_clip 0.2, eps_clip_higher; at the proximal anchor where use_decoupled_loss",
             "SkyRL": "regular",
+            "PipelineRL": "policy_loss ppo, its default",
         },
     )
 )
@@ -118,7 +119,7 @@ def dual_clip(
     RowFacts(
         source="INTELLECT-2, 2025, arXiv:2505.07291 (two-sided clipping)",
         is_ratio_loss=True,
-        peers={"TRL": "delta, off by default"},
+        peers={"TRL": "delta, off by default: r is held at it where the clip does not act"},
     )
 )
 def two_sided_clip(

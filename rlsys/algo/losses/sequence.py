@@ -15,10 +15,11 @@ from rlsys.algo.rows import RowFacts, Scope, row
 from rlsys.algo.segments import Segments
 
 _PEERS_OF_GSPO = {
-    "verl": "gspo: the token form, whatever loss_agg_mode says; log ratio at most 10",
-    "TRL": 'importance_sampling_level="sequence"',
-    "OpenRLHF": "policy_loss_type gspo",
-    "AReaL": "importance_sampling_level: sequence; averages the advantages of a sequence",
+    "verl": "gspo: the token form, whatever loss_agg_mode says; bounds clip_ratio_low and clip_ratio_high, 0.2 where "
+    "unset; log ratio at most 10",
+    "TRL": 'importance_sampling_level="sequence", bounds epsilon, 0.2 where unset',
+    "OpenRLHF": "policy_loss_type gspo; with is_correction_enable the ratio is to the behaviour policy",
+    "AReaL": "importance_sampling_level: sequence; averages the advantages of a sequence; bounds eps_clip 0.2",
     "SkyRL": "gspo",
     "NeMo-RL": "sequence_level_importance_ratios",
 }

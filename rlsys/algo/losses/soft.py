@@ -50,7 +50,7 @@ def sapo(
         source="DRO, Richemond et al. 2024, arXiv:2405.19107; Kimi k1.5, arXiv:2501.12599",
         is_ratio_loss=True,
         anchor="behaviour",
-        peers={"verl": "dro, dro_beta to be given", "ROLL": "kimi15, tau 0.1"},
+        peers={"verl": "dro, dro_beta to be given", "ROLL": "kimi15, tau 0.1: beta"},
     )
 )
 def dro(

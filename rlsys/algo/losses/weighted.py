@@ -43,7 +43,7 @@ def reinforce(
         peers={
             "verl": "cispo: clip_ratio_low 0.2 and clip_ratio_high 0.2, both sides",
             "TRL": 'loss_type="cispo": epsilon_high is the cap itself, no lower bound',
-            "SkyRL": "cispo: eps_low 0, eps_high 4",
+            "SkyRL": "cispo: eps_low 0, eps_high 4; at the proximal anchor or the behaviour one",
             "NeMo-RL": "use_cispo",
             "ROLL": "cispo: 0.1 and 0.1",
         },
@@ -76,7 +76,7 @@ def cispo(
         scope=Scope.SEQUENCE,
         is_ratio_loss=True,
         anchor="behaviour",
-        peers={"ROLL": "topr: the ratio of each token (level=token)"},
+        peers={"ROLL": "topr: the ratio of each token (level=token)", "Trinity": "topr"},
     )
 )
 def topr(
@@ -132,7 +132,7 @@ def _probabilities(policy_logprobs_T: Tensor, anchor_logprobs_T: Tensor, mask_T:
         peers={
             "verl": "dppo_tv: bounds from clip_ratio 0.2, cap from clip_ratio_c (20 where unset)",
             "SkyRL": "dppo_tv: -r A on the mask",
-            "prime-rl": "its default, 0.2 and 0.2 against the engine's log-probabilities, without a cap",
+            "prime-rl": "its default, 0.2 and 0.2, at the behaviour anchor, without a cap; + kl_tau 1e-3 (log r)^2",
         },
     )
 )

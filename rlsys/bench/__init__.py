@@ -1,0 +1,7 @@
+"""Measurements of the system's parts: what ``rlsys bench NAME`` runs. One file each, with a function ``measure``."""
+
+from collections.abc import Mapping
+
+BENCHES: Mapping[str, str] = {
+    "objective": "time and memory of every policy loss over a million packed tokens, forward and backward",
+}

@@ -1,0 +1,120 @@
+"""A module under DeepSpeed: its gradients, its optimizer steps, its state on disk. The policy is one; a critic too."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlsys.config.schema import TrainSection
+from rlsys.errors import Diverged
+from rlsys.records import Version
+from rlsys.train import parallel
+from rlsys.train.checkpoint import Layout, load_state, save_state
+from rlsys.train.deepspeed_config import deepspeed_config
+from rlsys.train.export import full_weights
+
+
+class Trained:
+    """Methods that train, read the weights or touch the disk are collectives.
+
+    Args:
+        module: a model of transformers.
+        train: the learner's section of the configuration; learning rate and warm-up are of this module.
+        layout: how it is spread over ranks.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        train: TrainSection,
+        *,
+        deepspeed: ModuleType,
+        device: str,
+        rank: int,
+        layout: Layout,
+    ) -> None:
+        self._deepspeed, self._device, self._rank, self._layout = deepspeed, device, rank, layout
+        config = deepspeed_config(train, device=device)
+        warm_up = functools.partial(_learning_rate_factor, warmup_steps=train.warmup_steps)
+        schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=warm_up)
+        self._engine, *_ = deepspeed.initialize(
+            model=module, config=config, lr_scheduler=None if "scheduler" in config else schedule
+        )
+
+    @property
+    def module(self) -> Any:
+        return self._engine.module
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._engine.get_lr()[0])
+
+    def __call__(self, **inputs: Any) -> Any:
+        """The module's forward pass."""
+        return self._engine(**inputs)
+
+    def backward(self, loss_sum: Tensor, count: float, *, is_last: bool) -> None:
+        """Add the gradient of ``loss_sum / count`` to that of the step, over all ranks.
+
+        Args:
+            count: the same on every rank.
+            is_last: of the microbatches of the step.
+        """
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        scale = self._layout.ranks / count  # DeepSpeed averages gradients over the ranks
+        self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
+
+    def step(self, version: Version) -> float:
+        """Let DeepSpeed take the step. ZeRO leaves it out where the norm is not finite; stage 0 has to be stopped.
+
+        Returns:
+            The gradient norm, before clipping.
+
+        Raises:
+            Diverged: on every rank alike, before the weights take up a gradient that is not finite.
+        """
+        if self._layout.zero_stage == 0:
+            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.refuse_unless_finite(math.isfinite(norm), "the gradient norm", version)
+            self._engine.step()
+            return norm
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        is_left_out = bool(self._engine.optimizer.overflow)
+        self.refuse_unless_finite(not is_left_out and math.isfinite(norm), "the gradient norm", version)
+        return norm
+
+    def refuse_unless_finite(self, is_finite: bool, quantity: str, version: Version) -> None:
+        """Raises Diverged on every rank, where one of them has met what is not finite."""
+        if parallel.on_any_rank(not is_finite, self._device):
+            raise Diverged(quantity, version.step + 1, str(version))
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See ``full_weights``."""
+        return full_weights(self.module, deepspeed=self._deepspeed, zero_stage=self._layout.zero_stage)
+
+    def save(self, folder: str, own: Mapping[str, Any]) -> None:
+        """See ``save_state``."""
+        save_state(self._engine, folder, rank=self._rank, layout=self._layout, device=self._device, own=own)
+
+    def load(self, folder: str) -> Mapping[str, Any]:
+        """See ``load_state``."""
+        return load_state(self._engine, folder, rank=self._rank, device=self._device)
+
+    def destroy(self) -> None:
+        self._engine.destroy()
+        self._engine = None
+        gc.collect()  # the engine's hooks hold it in cycles
+
+
+def _learning_rate_factor(step: int, *, warmup_steps: int) -> float:
+    """Linear warm-up from 1 / warmup_steps to 1, then constant."""
+    return min(1.0, (step + 1) / max(1, warmup_steps))
