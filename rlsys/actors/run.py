@@ -146,6 +146,8 @@ async def _stop_parts(config: Config, built: Built, sink: RunSink) -> None:
         async with asyncio.timeout(STOP_TIMEOUT_S):
             await built.fleet.stop()
             await built.learner.stop(config.run.name)
+            if built.teacher is not None:
+                await built.teacher.stop()
     except (RlsysError, TimeoutError) as error:  # the run is over; the cluster's end takes what is left
         sink.event(f"not everything stopped in order: {str(error) or type(error).__name__}")
 

@@ -54,6 +54,7 @@ class Built:
     loops: Loops
     learner: RayLearner
     fleet: RayFleet
+    teacher: RayTeacher | None
 
 
 class _Places:
@@ -113,7 +114,7 @@ async def build_run(config: Config, inputs: Inputs, sink: RunSink, start: Start,
         sink=sink,
         clock=WallClock(),
     )
-    return Built(loops=Loops(parts, make_plan(config), start.state), learner=learner, fleet=fleet)
+    return Built(loops=Loops(parts, make_plan(config), start.state), learner=learner, fleet=fleet, teacher=teacher)
 
 
 def make_plan(config: Config) -> Plan:
@@ -148,7 +149,8 @@ def make_plan(config: Config) -> Plan:
             one_group_s * (1 + lead / rollout.group_size / reward.workers),
             (rollout.timeout_s + TEACHER_GRACE_S) * (1 + lead / config.teacher.slots),  # no less where there is none
         ),
-        stall_s=rollout.timeout_s + one_group_s,
+        stall_s=rollout.timeout_s
+        + max(one_group_s, (rollout.timeout_s + TEACHER_GRACE_S) * (1 + spec.num_members / config.teacher.slots)),
         step_timeout_s=train.timeout_s,
     )
 

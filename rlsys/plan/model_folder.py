@@ -36,8 +36,11 @@ class ModelFacts:
     vocab_size: int
 
 
-def check_model_folder(config: Config) -> ModelFacts:
+def check_model_folder(config: Config, *, is_trained: bool = True) -> ModelFacts:
     """The folder holds a causal LM with weights and tokenizer that the learner can train and the engines can serve.
+
+    Args:
+        is_trained: False where it is only served.
 
     Raises:
         ConfigError: it does not.
@@ -55,7 +58,8 @@ def check_model_folder(config: Config) -> ModelFacts:
     tree = _read_json(folder / "config.json", "the config.json of a Hugging Face model")
     model_class = _check_kind(folder, tree)
     model = _load_config(folder)
-    _check_learner_can_train(model_class, tree, model)
+    if is_trained:
+        _check_learner_can_train(model_class, tree, model)
     _check_engine_can_serve(folder, model_class, tree)
     _check_files(folder)
     if config.rollout.gpus_per_replica == 0:

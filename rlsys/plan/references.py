@@ -112,6 +112,7 @@ def check_gpus(config: Config) -> None:
         for key, value in (
             ("rollout.gpus_per_replica", config.rollout.gpus_per_replica),
             ("train.gpus_per_rank", config.train.gpus_per_rank),
+            ("teacher.gpus", config.teacher.gpus if config.teacher.path is not None else 0),
         )
         if value > 0
     ]

@@ -95,7 +95,7 @@ def _look_into_folder(config: Config, path: str) -> ModelFacts:
     rollout = config.rollout.model_copy(update={"gpus_per_replica": config.teacher.gpus})
     model = config.model.model_copy(update={"path": path})
     try:
-        return check_model_folder(config.model_copy(update={"model": model, "rollout": rollout}))
+        return check_model_folder(config.model_copy(update={"model": model, "rollout": rollout}), is_trained=False)
     except ConfigError as error:
         raise ConfigError("teacher.path", got=error.got, wanted=error.wanted, remedy=error.remedy) from error
 

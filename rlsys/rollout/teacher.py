@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rlsys.errors import EngineLost, RequestRefused, TeacherFailed, WaitTimeout
 from rlsys.records import DropCause, Rollout, RolloutGroup, TeacherScores
+from rlsys.rollout.play import greedy_id
 from rlsys.rollout.vllm_settings import engine_environment
 
 GRACE_S = 5.0  # what an answer may take beyond the engine's own deadline: messages, a loaded machine
@@ -188,7 +189,7 @@ class TaughtScorer:
         self._failures: list[str] = []  # since the last answer
 
     async def score(self, group: RolloutGroup) -> RolloutGroup:
-        """A rollout that the teacher has no scores for leaves with its cause; its reward stays in the baseline.
+        """A rollout that the teacher has no scores for leaves with its cause, and its reward with it.
 
         Raises:
             TeacherFailed: the teacher is dead, or gave no scores for many rollouts one after another.
@@ -200,6 +201,7 @@ class TaughtScorer:
                 lessons = {
                     rollout.rollout_id: tasks.create_task(self._ask(rollout, group.group_id))
                     for rollout in group.rollouts
+                    if rollout.rollout_id != greedy_id(group.group_id)  # never trained
                 }
         except BaseExceptionGroup as failures:  # the others were cancelled for the first one
             raise failures.exceptions[0] from None
@@ -235,10 +237,12 @@ class TaughtScorer:
 def _with_lessons(group: RolloutGroup, lessons: Mapping[str, TeacherScores | str]) -> RolloutGroup:
     taught = []
     for rollout in group.rollouts:
-        lesson = lessons[rollout.rollout_id]
+        lesson = lessons.get(rollout.rollout_id)
         taught.append(replace(rollout, teacher=lesson) if isinstance(lesson, TeacherScores) else rollout)
     group = replace(group, rollouts=tuple(taught))
+    scored = group
     for rollout_id, lesson in lessons.items():
         if isinstance(lesson, str):
             group = group.drop({rollout_id: DropCause.TEACHER_FAILED}, lesson)
-    return group
+    # their rewards were never shaped, and may not be compared with those that will be
+    return replace(group, dropped_rewards=scored.dropped_rewards, dropped_parts=scored.dropped_parts)

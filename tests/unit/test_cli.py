@@ -121,7 +121,7 @@ def test_what_cannot_work_exits_2_before_anything_starts(tmp_path, monkeypatch, 
 def test_check_prints_the_resolved_tree_and_what_follows_from_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text("data: {task: {name: reversed_sum, digits: 1}, eval_questions: 10}\n")
-    result = invoke("check", "a.yaml", "run.name=mine")
+    result = invoke("check", "a.yaml", "run.name=mine", "train.steps_per_batch=1")
     assert result.exit_code == 0, result.output
     assert "name: mine" in result.stdout and "name: ppo_clip" in result.stdout
     assert f"- run folder: {tmp_path}/runs/mine" in result.stdout

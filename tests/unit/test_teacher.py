@@ -228,13 +228,13 @@ def test_rewards_and_teacher_work_at_the_same_time():
 
 
 @pytest.mark.parametrize("error", [RequestRefused("too long: 9 > 8"), WaitTimeout("the scores", 3)])
-def test_a_rollout_that_the_teacher_fails_on_leaves_and_its_reward_stays_in_the_baseline(error):
+def test_a_rollout_that_the_teacher_fails_on_leaves_and_its_reward_with_it(error):
     [group] = score(Rewards(), ScriptedTeacher(errors={1: error}), unscored_group())
     assert [rollout.reward for rollout in group.rollouts] == [0.0, 2.0]
     [dropped] = group.dropped
     assert dropped.rollout_id.endswith("/1") and dropped.cause is DropCause.TEACHER_FAILED
     assert dropped.detail == str(error)
-    assert sorted(group.baseline_rewards) == [0.0, 1.0, 2.0]
+    assert sorted(group.baseline_rewards) == [0.0, 2.0]
 
 
 def test_a_rollout_that_fails_both_ways_is_dropped_once():
@@ -376,6 +376,12 @@ def config_of(folders, *overrides):
 def test_a_teacher_that_fits_passes_and_none_is_no_matter(folders):
     check_teacher(config_of(folders, "teacher.top_k=128", "teacher.vllm.dtype=bfloat16"), STUDENT, 100)
     check_teacher(Config(), STUDENT, 10**6)
+
+
+def test_a_teacher_may_be_quantised_since_it_is_never_trained(folders):
+    config = LLAMA | {"quantization_config": {"quant_method": "fp8"}}
+    (folders[1] / "config.json").write_text(json.dumps(config))
+    check_teacher(config_of(folders), STUDENT, 100)
 
 
 @pytest.mark.parametrize(
