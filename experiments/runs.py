@@ -24,6 +24,7 @@ COMMON: Mapping[str, str] = {
 RUN_TIMEOUT_S = 1800.0  # a run of 80 steps takes about two minutes on two cores
 STOP_TIMEOUT_S = 120.0
 NUM_LATE = 3
+INTENDED = {"dropped/filtered", "dropped/baseline"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,7 @@ class Outcome:
         accuracies: held-out, of the first weights, during the run, and of the last weights.
         staleness_mean: over all trained rollouts, steps.
         clip_fraction: mean over the steps; None for a loss without a clip.
-        dropped: share of the submitted rollouts that were dropped, whatever the cause.
+        dropped: share of the submitted rollouts that were lost: dropped for another cause than a selection's.
         wall_s: seconds of training, without start and end.
     """
 
@@ -96,7 +97,7 @@ def read(folder: Path) -> Outcome:
     accuracies = [result.get("eval_before"), *seen, result.get("eval_after")]
     clipped = [step["actor/pg_clipfrac"] for step in steps if step.get("actor/pg_clipfrac") is not None]
     submitted = result.get("rollouts_submitted")
-    lost = sum(value for key, value in result.items() if key.startswith("dropped/"))
+    lost = sum(value for key, value in result.items() if key.startswith("dropped/") and key not in INTENDED)
     return Outcome(
         failure="" if result["exit"] == 0 else result["failure"] or f"exit {result['exit']}",
         accuracies=tuple(value for value in accuracies if value is not None),

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlsys.actors.run import RunResult
     from rlsys.config.schema import Config
+    from rlsys.reward.result import RewardResult
 
+__all__ = ["RewardResult", "RunResult", "run", "train"]
 __version__ = "0.1.0"
 
 
@@ -64,9 +66,10 @@ class _CallableModule(ModuleType):
 importlib.import_module("rlsys.train").__class__ = _CallableModule
 
 
-def __getattr__(name: str) -> Any:
-    if name == "RunResult":
-        from rlsys.actors.run import RunResult
+_PUBLIC = {"RunResult": "rlsys.actors.run", "RewardResult": "rlsys.reward.result"}  # imported at first use
 
-        return RunResult
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'rlsys' has no attribute {name!r}")

@@ -36,6 +36,7 @@ RUN_FILES = {
 CHANGEABLE = re.compile(
     r"run\.steps|(checkpoint|eval|observe|ray)\..*|.*timeout_s"
     r"|reward\.(workers|max_drops_in_a_row)|rollout\.(replicas|slots|vllm.*|[cg]pus_per_replica)|train\.[cg]pus_per_rank"
+    r"|teacher\.(slots|vllm.*|[cg]pus)"
 )
 
 

@@ -203,6 +203,9 @@ class TrainSection(Section):
     """Deadline for the learner to come up, seconds."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Deadline for one training step or export, seconds."""
+    lora: dict[str, Any] | None = None
+    """Keywords of peft's LoraConfig, passed through, e.g. ``{r: 16, lora_alpha: 32}``: only low-rank adapters of the
+    linear layers are trained; engines and checkpoints of the run get them merged. null: every weight is trained."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed config entries, passed through."""
 

@@ -340,7 +340,8 @@ class Loops:
         ages = trained_ages(lease.groups, step, self.plan)
         metrics = {**timing, **batch_metrics(lease.groups, ages), **drop_metrics(self.ledger.dropped)}
         self.totals.book(lease.groups, ages)
-        if metrics["critic/groups_without_variance"] == 1.0 and not self._told_of_equal_rewards:
+        is_flat = self.plan.min_compared > 1 and metrics["critic/groups_without_variance"] == 1.0
+        if is_flat and not self._told_of_equal_rewards:
             self._told_of_equal_rewards = True
             score = metrics["critic/score/mean"]
             self.parts.sink.event(

@@ -22,7 +22,7 @@ from rlsys.algo import (
 )
 from rlsys.algo.rows import Need, facts_of
 from rlsys.algo.trial import try_row
-from rlsys.config.schema import Config, CriticSection, Row, TeacherSection
+from rlsys.config.schema import Config, CriticSection, Row
 from rlsys.errors import ConfigError
 from rlsys.plan.model_folder import did_you_mean
 
@@ -158,6 +158,13 @@ def check_kl(config: Config) -> None:
             wanted="more than 0",
             remedy="set algo.kl_coef=0.001, or algo.kl=null",
         )
+    if algo.reference_every_steps and config.train.lora is not None:
+        raise ConfigError(
+            "algo.reference_every_steps",
+            got=f"{algo.reference_every_steps}, with train.lora, where the reference is the base below the adapters",
+            wanted="0: that base never moves",
+            remedy="leave it out, or train every weight: train.lora=null",
+        )
     if algo.kl_in == "loss" and not facts_of(KL_ESTIMATORS[algo.kl.name]).as_loss:
         raise ConfigError(
             "algo.kl",
@@ -195,7 +202,7 @@ def check_critic(config: Config) -> None:
 def check_teacher(config: Config) -> None:
     teacher = config.teacher
     if teacher.path is None:
-        _refuse_settings(teacher, tuple(TeacherSection.model_fields), "teacher", "teacher.path is null: no teacher")
+        _refuse_settings(teacher, ("top_k", "coef", "with_reward"), "teacher", "teacher.path is null: no teacher")
         return
     if config.rollout.temperature != 1.0:
         raise ConfigError(

@@ -109,9 +109,10 @@ def _learner(config: Config) -> str:
     updates = train.steps_per_batch * config.run.steps
     warmup = f", the first {train.warmup_steps} of them warming up" if train.warmup_steps else ""
     short = " (never reaching train.lr)" if train.warmup_steps > updates else ""
+    what = "" if train.lora is None else f"; adapters {train.lora} on a base that is not trained"
     return (
         f"learner: {train.ranks} rank{'s' if train.ranks > 1 else ''}, ZeRO stage {train.zero_stage}; "
-        f"{updates} optimizer steps at learning rate {train.lr:g}{warmup}{short}"
+        f"{updates} optimizer steps at learning rate {train.lr:g}{warmup}{short}{what}"
     )
 
 
@@ -168,8 +169,11 @@ def _models(config: Config, rows: dict[str, str]) -> list[str]:
     if algo.kl is not None:
         every = algo.reference_every_steps
         kept = f"becomes the policy every {every} batches" if every else "stays the model of the start"
+        own = (
+            f"a copy on every learner rank that {kept}" if config.train.lora is None else "the base below the adapters"
+        )
         where = "" if algo.kl_in == "loss" else f"; {algo.kl_coef:g} x {rows['kl']} is taken off the rewards"
-        lines.append(f"reference: a copy on every learner rank that {kept}{where}; weight {rows['kl_control']}")
+        lines.append(f"reference: {own}{where}; weight {rows['kl_control']}")
     if "critic.loss" in rows:
         alone = f", alone for the first {critic.warmup_steps} batches" if critic.warmup_steps else ""
         lines.append(

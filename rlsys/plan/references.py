@@ -25,6 +25,7 @@ from rlsys.reward.load import check_reward, load_reward
 from rlsys.rollout.play import opening_tokens
 from rlsys.rollout.vllm_settings import refuse_owned_arguments
 from rlsys.train.deepspeed_config import deepspeed_config
+from rlsys.train.lora import check_lora
 
 COMPARING_REWARDS = (EXACT_MATCH, "rlsys.reward.builtin:final_number", "rlsys.reward.math_answer:math_verify_score")
 
@@ -37,6 +38,8 @@ def check_references(config: Config) -> Found:
     """
     check_vllm_options(config)
     check_deepspeed_options(config)
+    if config.train.lora is not None:
+        check_lora(config.train.lora)
     model = check_model_folder(config)
     check_gpus(config)
     rows = check_rows(config)

@@ -5,25 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.nn import Parameter
 from transformers.core_model_loading import revert_weight_conversion
 
+from rlsys.train.lora import base_of, is_adapted, merged
 
-def full_weights(model: PreTrainedModel, *, deepspeed: ModuleType, zero_stage: int) -> Iterator[tuple[str, Tensor]]:
+
+def full_weights(model: Any, *, deepspeed: ModuleType, zero_stage: int) -> Iterator[tuple[str, Tensor]]:
     """Name and full tensor of every weight, in the order of the modules, as the model's files have them.
 
     Files and modules may name and cut weights differently: the experts of a Mixtral are one tensor here, one each in
     its files. Engines and other readers know the files' way.
 
     A collective under ZeRO-3: every rank runs it to its end. A tensor is valid until the next one is asked for, and may
-    alias the live parameter: copy it. The second name of a tied pair (``lm_head.weight``) is left out.
+    alias the live parameter: copy it. The second name of a tied pair (``lm_head.weight``) is left out. Adapters are
+    merged into the layers that they belong to.
     """
+    model = base_of(model)
     seen: set[int] = set()
     for prefix, module in model.named_modules():
+        has_adapters = is_adapted(module)
         own = {
-            name: parameter for name, parameter in module.named_parameters(recurse=False) if id(parameter) not in seen
+            name: parameter
+            for name, parameter in module.named_parameters(recurse=has_adapters)
+            if id(parameter) not in seen
         }
         if not own:
             continue
@@ -31,6 +39,10 @@ def full_weights(model: PreTrainedModel, *, deepspeed: ModuleType, zero_stage: i
         gathered: AbstractContextManager[object] = (
             deepspeed.zero.GatheredParameters(list(own.values())) if zero_stage == 3 else nullcontext()
         )
-        with gathered:
-            named = {f"{prefix}.{name}" if prefix else name: parameter.data for name, parameter in own.items()}
+        with gathered, merged(module) if has_adapters else _as_they_are(own) as tensors:
+            named = {f"{prefix}.{name}" if prefix else name: tensor for name, tensor in tensors.items()}
             yield from revert_weight_conversion(model, named).items()
+
+
+def _as_they_are(own: dict[str, Parameter]) -> AbstractContextManager[dict[str, Tensor]]:
+    return nullcontext({name: parameter.data for name, parameter in own.items()})

@@ -26,9 +26,10 @@ from rlsys.train.checkpoint import Layout, check_layout
 from rlsys.train.critic import Critic, CriticPlan
 from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.logprobs import TokenLogprobs, token_logprobs
+from rlsys.train.lora import base_of, with_adapters
 from rlsys.train.model import load_critic, load_model, save_model
 from rlsys.train.objective import Objective
-from rlsys.train.reference import Reference
+from rlsys.train.reference import ReferenceBase, ReferenceCopy
 from rlsys.train.terms import MovingTerms
 from rlsys.train.trained import Trained
 
@@ -77,7 +78,7 @@ class LearnerRank:
         self._critic_plan = critic
         self._policy: Any = None  # Trained, once started
         self._critic: Critic | None = None
-        self._reference: Reference | None = None
+        self._reference: ReferenceBase | ReferenceCopy | None = None
         self._rank = 0
 
     @property
@@ -112,17 +113,26 @@ class LearnerRank:
             master_port=master_port,
             timeout_s=self._train.timeout_s,
         )
-        self._policy = self._trained(load_model(self._model_path), self._train, layout)
+        policy: Any = load_model(self._model_path)
+        if self._train.lora is not None:
+            policy = with_adapters(policy, self._train.lora)
+        self._policy = self._trained(policy, self._train, layout)
         if self._critic_plan is not None:
             section = self._train.model_copy(update={"lr": self._critic_plan.lr, "warmup_steps": 0})
             own = self._trained(load_critic(self._critic_plan.model_path), section, layout)
             self._critic = Critic(own, self._critic_plan.loss, self._device)
-        if self._objective.kl is not None:
-            self._reference = Reference(
+        if self._objective.kl is not None and self._train.lora is not None:
+            self._reference = ReferenceBase(self._policy, self._device)
+        elif self._objective.kl is not None:
+            self._reference = ReferenceCopy(
                 self._model_path, deepspeed=self._deepspeed, device=self._device, zero_stage=layout.zero_stage
             )
         if checkpoint is not None:
             self._load(checkpoint)
+
+    @property
+    def _refresh_steps(self) -> int:
+        return self._objective.kl.refresh_steps if self._objective.kl is not None else 0
 
     def _trained(self, module: torch.nn.Module, train: TrainSection, layout: Layout) -> Trained:
         return Trained(module, train, deepspeed=self._deepspeed, device=self._device, rank=self._rank, layout=layout)
@@ -132,7 +142,7 @@ class LearnerRank:
             self._critic.trained.load(os.path.join(checkpoint, _CRITIC))
         own = self._policy.load(checkpoint)  # last: it sets the random generators
         self._terms.restore(own["terms"])
-        if self._reference is not None and "reference" in own:
+        if isinstance(self._reference, ReferenceCopy) and "reference" in own:
             self._reference.restore(own["reference"])
 
     def stop(self) -> None:
@@ -216,8 +226,7 @@ class LearnerRank:
             "entropy": metrics.get("actor/entropy", 0.0),
         }
         self._terms.move(measured, rollouts=batch.num_samples, step=step)
-        every = objective.kl.refresh_steps if objective.kl is not None else 0
-        if self._reference is not None and every and step % every == 0:
+        if isinstance(self._reference, ReferenceCopy) and self._refresh_steps and step % self._refresh_steps == 0:
             self._reference.become(self._policy.module)
         return weights
 
@@ -232,13 +241,13 @@ class LearnerRank:
         weights: dict[str, Tensor] = {}
         self.export(lambda name, tensor: weights.update({name: tensor.detach().to("cpu", copy=True)}))
         if self._rank == 0:
-            save_model(self._policy.module, weights, self._model_path, folder)
+            save_model(base_of(self._policy.module), weights, self._model_path, folder)
 
     def save_checkpoint(self, folder: str) -> None:
         """Write everything that a later ``start`` needs to go on bit for bit. The files are there when it returns, not
         yet synced to the disk. Raises CheckpointFailed on every rank alike; the learner can go on."""
         own: dict[str, Any] = {"terms": self._terms.state()}
-        if self._reference is not None and self._objective.kl is not None and self._objective.kl.refresh_steps:
+        if isinstance(self._reference, ReferenceCopy) and self._refresh_steps:
             own["reference"] = self._reference.state()
         self._policy.save(folder, own)
         if self._critic is not None:

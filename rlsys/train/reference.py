@@ -5,6 +5,7 @@ Legend: R rows, L tokens of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -14,11 +15,27 @@ from torch import Tensor
 from rlsys.batch.tensors import Microbatch
 from rlsys.train.logprobs import token_logprobs
 from rlsys.train.model import load_model
+from rlsys.train.trained import Trained
 
 _KEEPING_WHOLE = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
 
 
-class Reference:
+class ReferenceBase:
+    """The base of a policy that is adapters: the policy with its adapters switched off. Nothing is copied."""
+
+    def __init__(self, policy: Trained, device: str) -> None:
+        self._policy, self._device = policy, device
+
+    def logprobs(self, microbatch: Microbatch, temperature: float) -> Tensor:
+        """[R, L], of the tokens that stand there, under the temperature of the policy. A collective under ZeRO-3."""
+        with self._policy.module.disable_adapter():
+            return _logprobs(self._policy, microbatch, temperature, self._device)
+
+    def destroy(self) -> None:
+        """Nothing of it is its own."""
+
+
+class ReferenceCopy:
     """A copy of the model of the start, on every rank; under ZeRO-3 cut into shards as the policy is.
 
     Args:
@@ -38,12 +55,9 @@ class Reference:
             self._forward = self._engine
         self._parameters = list(module.parameters())
 
-    @torch.no_grad()
     def logprobs(self, microbatch: Microbatch, temperature: float) -> Tensor:
         """[R, L], of the tokens that stand there, under the temperature of the policy. A collective under ZeRO-3."""
-        token_ids, positions = microbatch.token_ids.to(self._device), microbatch.position_ids.to(self._device)
-        logits = self._forward(input_ids=token_ids, position_ids=positions, use_cache=False).logits
-        return token_logprobs(logits, token_ids, positions, temperature=temperature).logprobs
+        return _logprobs(self._forward, microbatch, temperature, self._device)
 
     def become(self, policy: torch.nn.Module) -> None:
         """Take over the policy's weights, each rank its own part."""
@@ -63,6 +77,13 @@ class Reference:
             self._engine.destroy()
         self._engine = self._forward = None
         self._parameters = []
+
+
+@torch.no_grad()
+def _logprobs(forward: Callable[..., Any], microbatch: Microbatch, temperature: float, device: str) -> Tensor:
+    token_ids, positions = microbatch.token_ids.to(device), microbatch.position_ids.to(device)
+    logits = forward(input_ids=token_ids, position_ids=positions, use_cache=False).logits
+    return token_logprobs(logits, token_ids, positions, temperature=temperature).logprobs
 
 
 def _part(parameter: Tensor) -> Tensor:

@@ -45,7 +45,10 @@ class Trained:
         warm_up = functools.partial(_learning_rate_factor, warmup_steps=train.warmup_steps)
         schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=warm_up)
         self._engine, *_ = deepspeed.initialize(
-            model=module, config=config, lr_scheduler=None if "scheduler" in config else schedule
+            model=module,
+            model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
+            config=config,
+            lr_scheduler=None if "scheduler" in config else schedule,
         )
 
     @property

@@ -26,7 +26,8 @@ data: {{task: {{name: reversed_sum}}, eval_questions: 100}}
 reward: {{path: "{reward}", workers: 2}}
 rollout: {{replicas: {replicas}, max_staleness: {eta}, group_size: 4, max_tokens: 6, temperature: {temperature},
   slots: 64, cpus_per_replica: 0.4}}
-train: {{ranks: {ranks}, zero_stage: {stage}, prompts_per_batch: 8, tokens_per_microbatch: 256, lr: 1.0e-3,
+train: {{ranks: {ranks}, zero_stage: {stage}, prompts_per_batch: 8, steps_per_batch: 1,
+  tokens_per_microbatch: 256, lr: 1.0e-3,
   cpus_per_rank: 0.4, deepspeed: {deepspeed}}}
 eval: {{every_steps: 2, samples: 2, pass_at: [1, 2]}}
 ray: {{dashboard: false}}

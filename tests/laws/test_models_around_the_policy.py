@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -72,6 +72,7 @@ def run(
     batches: int = 1,
     steps: int = 1,
     lr: float = 1.0,
+    section_keys: dict[str, Any] | None = None,
     **keys,
 ) -> Outcome:
     """Rank 0's outcome of the same batch trained ``batches`` times, one version after another."""
@@ -91,7 +92,7 @@ def run(
         world_size,
         lambda rank: [batch.for_rank(rank) for batch in packed],
         model_path=model_path,
-        train=section(zero_stage, world_size, lr=lr, steps_per_batch=steps),
+        train=section(zero_stage, world_size, lr=lr, steps_per_batch=steps, **(section_keys or {})),
         objective=objective,
         critic=critic,
         **keys,
@@ -145,6 +146,43 @@ def test_gradient_is_the_same_in_any_layout(ranks, model_path, samples, kind):
             assert mine.keys() == theirs.keys()
             for name in MEASURED & mine.keys():
                 assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("lora", [{"r": 4}, {"r": 2, "use_dora": True, "target_modules": ["q_proj", "down_proj"]}])
+def test_adapters_learn_the_same_in_any_layout_and_leave_as_whole_weights(ranks, model_path, samples, tmp_path, lora):
+    """With their base as reference. What is exported, saved and probed is one model, and nothing else of it moved."""
+    objective = replace(PLAIN, kl=kl("k3", "loss"))
+    probe = [samples[0].token_ids_T]
+    outcomes = [
+        run(
+            ranks,
+            model_path,
+            samples,
+            layout,
+            objective,
+            batches=2,
+            lr=8.0,
+            section_keys={"lora": lora},
+            probe=probe,
+            save_to=str(tmp_path / f"{number}"),
+        )
+        for number, layout in enumerate(LAYOUTS)
+    ]
+    moved = change(outcomes[0])
+    for outcome in outcomes[1:]:
+        assert difference(change(outcome), moved) <= 20 * EXACT
+    assert outcomes[0].metrics[0]["actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)
+    assert outcomes[0].metrics[1]["actor/kl_loss"] > 1e-6
+    layers = ("q_proj", "down_proj") if "target_modules" in lora else ("_proj",)
+    initial = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    for name, parameter in initial.named_parameters():
+        assert np.array_equal(outcomes[0].before[name], parameter.detach().numpy())
+        assert np.any(moved[name] != 0.0) == (name.endswith("weight") and any(layer in name for layer in layers)), name
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "3", dtype=torch.float32)
+    with torch.no_grad():
+        ids = torch.tensor(probe[0]).long()
+        logprobs = torch.log_softmax(saved(ids[None]).logits[0, :-1], -1).gather(1, ids[1:, None])[:, 0]
+    np.testing.assert_allclose(outcomes[3].probe[0][1:], logprobs.numpy(), atol=2e-5)
 
 
 # --- critic
@@ -280,8 +318,8 @@ def test_a_teachers_word_on_sampled_tokens_is_taken_off_the_advantages(ranks, mo
 # --- resume
 
 
-@pytest.mark.parametrize("zero_stage", [0, 3])
-def test_everything_around_the_policy_goes_on_where_it_was_saved(model_path, samples, tmp_path: Path, zero_stage):
+@pytest.mark.parametrize(("zero_stage", "lora"), [(0, None), (3, None), (2, {"r": 2})])
+def test_everything_around_the_policy_goes_on_where_it_was_saved(model_path, samples, tmp_path: Path, zero_stage, lora):
     """Three batches in one life, and one, then two in another: the same to the last bit."""
     from rlsys.algo import COEFFICIENTS
     from rlsys.train.learner import LearnerRank
@@ -291,7 +329,7 @@ def test_everything_around_the_policy_goes_on_where_it_was_saved(model_path, sam
         estimator=KL_ESTIMATORS["k1"],
         term=Term(coef=0.1, control=control),
         place="reward",
-        refresh_steps=VERSION.step + 1,
+        refresh_steps=0 if lora else VERSION.step + 1,
     )
     objective = replace(PPO, kl=divergence)
     packed = [
@@ -309,7 +347,7 @@ def test_everything_around_the_policy_goes_on_where_it_was_saved(model_path, sam
     def life(first: int, checkpoint: str | None, save_after: int | None) -> list[dict[str, float]]:
         learner = LearnerRank(
             model_path=model_path,
-            train=section(zero_stage, 1, lr=1e-3, deepspeed={}),
+            train=section(zero_stage, 1, lr=1e-3, deepspeed={}, lora=lora),
             temperature=1.0,
             objective=objective,
             critic=critic_plan(model_path, lr=1e-3),

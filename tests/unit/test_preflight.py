@@ -15,6 +15,7 @@ from rlsys.plan.preflight import preflight
 from rlsys.prompts.question import Question
 from rlsys.prompts.source import LoadedData, PromptSource
 from rlsys.prompts.split import Split
+from rlsys.train.lora import check_lora
 
 
 def config_of(*overrides: str) -> Config:
@@ -230,6 +231,24 @@ def test_rows_are_written_out_with_their_defaults():
 def test_a_row_that_is_no_call_of_its_function_is_refused(override, what, remedy):
     error = refused(algorithm.check_rows, config_of(override))
     assert error.what == what and remedy in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("lora", "what", "got"),
+    [
+        ({"lora_dropout": 0.1}, "train.lora.lora_dropout", "0.1"),
+        ({"modules_to_save": ["lm_head"]}, "train.lora.modules_to_save", "lm_head"),
+        ({"rnak": 8}, "train.lora", "rnak"),
+    ],
+)
+def test_adapters_that_peft_does_not_know_or_that_train_more_are_refused(lora, what, got):
+    error = refused(check_lora, lora)
+    assert error.what == what and got in error.got and error.remedy
+
+
+def test_the_base_below_adapters_is_a_reference_that_never_moves():
+    words = ("algo.kl={name: k3}", "algo.reference_every_steps=5", "train.lora={r: 4}")
+    assert refused(algorithm.check_rows, resolve(config_of(*words))).what == "algo.reference_every_steps"
 
 
 def test_a_parameter_without_default_has_to_be_given():
