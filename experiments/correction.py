@@ -10,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.runs import Outcome, arguments, each, markdown_table, mean, outcome, put_table
+from experiments.runs import Outcome, arguments, each, is_stale, markdown_table, mean, outcome, put_table
 
-KEYS: Mapping[str, str] = {"algo.preset": "areal", "rollout.max_staleness": "8", "run.steps": "70"}
+KEYS: Mapping[str, str] = {
+    "algo.preset": "areal",
+    "rollout.max_staleness": "8",
+    "run.steps": "70",
+    "train.tokens_per_microbatch": "1024",  # the same step takes the learner longer, so that the engine keeps ahead
+}
 UNCORRECTED: Mapping[str, str] = {"algo.correction": "{name: none}", "algo.allow_uncorrected": "true"}
 ARMS: Mapping[str, Mapping[str, str]] = {
     "corrected": {},
@@ -26,6 +31,7 @@ MEANING: Mapping[str, str] = {
 }
 TUNED_ARM, TUNED_SEED = "uncorrected", 0
 LRS = ("5e-5", "1e-4", "2e-4")
+LEAST_STALENESS = 6.0
 
 
 def run_arm(arm: str, lr: str, seed: int, root: Path) -> Outcome:
@@ -52,7 +58,7 @@ def arms_table(found: Mapping[str, list[Outcome]]) -> str:
             mean(outcomes, lambda run: run.last),
             each(outcomes, lambda run: run.late),
             each(outcomes, lambda run: run.best),
-            mean(outcomes, lambda run: run.staleness_mean, 2),
+            each(outcomes, lambda run: run.staleness_mean, 2),
             mean(outcomes, lambda run: run.clip_fraction, 4),
         )
         for arm, outcomes in found.items()
@@ -74,6 +80,10 @@ def main() -> None:
         if given.out:
             put_table(given.out, name, table)
     print(f"learning rate of all arms: {best}")
+    for arm, outcomes in found.items():
+        for seed, run in enumerate(outcomes):
+            if not is_stale(run, LEAST_STALENESS):
+                print(f"{arm}, seed {seed}: staleness/mean below {LEAST_STALENESS}: the engine could not keep ahead")
 
 
 if __name__ == "__main__":

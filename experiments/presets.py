@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.runs import Outcome, arguments, each, markdown_table, mean, outcome, put_table
+from experiments.runs import Outcome, arguments, each, is_stale, markdown_table, mean, outcome, put_table
 
 PRESETS = ("grpo", "dapo", "gspo", "cispo", "areal", "llamarl", "icepop", "ppo")
 KEYS: Mapping[str, str] = {
@@ -21,6 +21,7 @@ OWN_KEYS: Mapping[str, Mapping[str, str]] = {
     "ppo": {"critic.lr": "1e-3", "critic.warmup_steps": "2"},
 }
 TARGET = 0.85
+LEAST_STALENESS = 3.0
 
 
 def outcomes_of(presets: tuple[str, ...], seeds: int, root: Path) -> dict[str, list[Outcome]]:
@@ -42,7 +43,7 @@ def table_of(found: Mapping[str, list[Outcome]]) -> str:
             each(outcomes, lambda run: run.last),
             mean(outcomes, lambda run: run.last),
             each(outcomes, lambda run: run.best),
-            mean(outcomes, lambda run: run.staleness_mean, 2),
+            each(outcomes, lambda run: run.staleness_mean, 2),
             mean(outcomes, lambda run: run.clip_fraction, 4),
             mean(outcomes, lambda run: run.dropped, 4),
             mean(outcomes, lambda run: run.wall_s, 0),
@@ -60,9 +61,11 @@ def main() -> None:
     table = table_of(found)
     print(table)
     for preset, outcomes in found.items():
-        short = [seed for seed, run in enumerate(outcomes) if run.last is None or run.last < TARGET]
-        if short:
-            print(f"{preset}: below {TARGET} with seed {', '.join(map(str, short))}")
+        for seed, run in enumerate(outcomes):
+            if run.last is None or run.last < TARGET:
+                print(f"{preset}, seed {seed}: below {TARGET}. {run.failure}")
+            if not is_stale(run, LEAST_STALENESS):
+                print(f"{preset}, seed {seed}: staleness/mean below {LEAST_STALENESS}: the engine could not keep ahead")
     if given.out:
         put_table(given.out, "presets", table)
 

@@ -108,6 +108,12 @@ def read(folder: Path) -> Outcome:
     )
 
 
+def is_stale(run: Outcome, least: float) -> bool:
+    """Whether the run's data were as old as wanted. Where the engine is the slower side, it waits for no one, and what
+    it samples is trained while it is fresh: then the run is to be repeated on a quieter machine."""
+    return run.staleness_mean is not None and run.staleness_mean >= least
+
+
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """The words every experiment takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -40,7 +40,7 @@ def train(folder: Path, model: Path, *words: str, resume: bool = False) -> list[
     path, reward = folder / "config.yaml", folder / "odd.py"
     reward.write_text(REWARD)
     path.write_text(CONFIG.format(root=folder, model=model, reward=f"{reward}:reward"))
-    result = rlsys.train(path, list(words), resume=resume)
+    result = rlsys.run(path, list(words), resume=resume)
     assert result.exit == 0, result.failure
     figures = json.loads((result.folder / "result.json").read_text())
     intended = {"dropped/filtered", "dropped/baseline"}
@@ -80,6 +80,7 @@ def test_dapo_replaces_groups_and_a_teacher_speaks_beside_the_rewards(tmp_path, 
         tmp_path,
         model,
         "algo.preset=dapo",
+        "train.steps_per_batch=1",
         "algo.kl={name: k3}",
         "algo.entropy_coef=0.01",
         "teacher.path=tiny",
