@@ -8,12 +8,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from rlsys.bench import BENCHES
 from rlsys.errors import CONFIG_ERROR, DONE, FAILED, INTERRUPTED, ConfigError, RlsysError
+
+if TYPE_CHECKING:
+    from rlsys.plan.split import Asked
 
 app = typer.Typer(
     name="rlsys",
@@ -112,6 +115,51 @@ def bench(
     _exit_with(lambda: _bench(name, json))
 
 
+@app.command()
+def plan(
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[CONFIG|RUN_FOLDER]", help="A run that goes on or has ended: its config file, or runs/NAME."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    rollout_rate: Annotated[
+        float | None, typer.Option(help="Rollouts a second that one core makes, in place of a measured rate.")
+    ] = None,
+    trainer_rate: Annotated[
+        float | None, typer.Option(help="Rollouts a second that one core trains, likewise; give both.")
+    ] = None,
+    cores: Annotated[
+        float | None, typer.Option(help="Cores (or GPUs) to divide; else as many as both sides of the config have.")
+    ] = None,
+    rollout_doubling: Annotated[
+        float, typer.Option(help="So many times as fast are the engines with twice the cores, 1 to 2.")
+    ] = 2.0,
+    trainer_doubling: Annotated[
+        float, typer.Option(help="So many times as fast is the trainer with twice the cores, 1 to 2.")
+    ] = 2.0,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures there.")] = None,
+) -> None:
+    """Say how the cores are best divided between the rollout engines and the trainer.
+
+    From the rates that a run measured, or from given ones. KEY=VALUE words change the split that is asked about, e.g.
+    rollout.replicas=3. Starts nothing.
+    """
+    from rlsys.plan.split import Asked
+
+    asked = Asked(
+        target=target,
+        overrides=overrides or [],
+        rollout_rate=rollout_rate,
+        trainer_rate=trainer_rate,
+        cores=cores,
+        rollout_doubling=rollout_doubling,
+        trainer_doubling=trainer_doubling,
+    )
+    _exit_with(lambda: _plan(asked, json))
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()
@@ -161,15 +209,31 @@ def _make_model(kind: str, out: Path, seed: int) -> int:
 def _bench(name: str, json: Path | None) -> int:
     from rlsys.bench.report import run_bench, write_report
 
-    if json is not None and (json.is_dir() or not json.parent.is_dir()):
-        raise ConfigError(
-            f"--json {json}", got="no file can be there", wanted="a file in a folder that exists", remedy="name another"
-        )
+    _check_writable(json)
     report = run_bench(name)
     typer.echo(report.table)
     if json is not None:
         write_report(json, name, report)
     return DONE
+
+
+def _plan(asked: Asked, json: Path | None) -> int:
+    from rlsys.plan.split import plan_split, write_plan
+    from rlsys.plan.split_view import as_text
+
+    _check_writable(json)
+    found = plan_split(asked)
+    typer.echo(as_text(found))
+    if json is not None:
+        write_plan(json, found)
+    return DONE
+
+
+def _check_writable(json: Path | None) -> None:
+    if json is not None and (json.is_dir() or not json.parent.is_dir()):
+        raise ConfigError(
+            f"--json {json}", got="no file can be there", wanted="a file in a folder that exists", remedy="name another"
+        )
 
 
 def _exit_with(command: Callable[[], int]) -> None:

@@ -75,23 +75,29 @@ def _join(address: str, options: Mapping[str, Any]) -> Any:
 
 
 def check_resources(config: Config) -> None:
-    """Raises ConfigError where no machine of the cluster can hold the run's engines and learner ranks.
+    """Raises ConfigError where the machines of the cluster together cannot hold the run's engines and learner ranks."""
+    machines = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    room = [{kind: machine.get(kind, 0.0) for kind in ("CPU", "GPU")} for machine in machines]
+    asked = bundles(config)
+    for bundle in sorted(asked, key=lambda bundle: -max(bundle.values())):
+        fitting = next((own for own in room if _fits(bundle, own)), None)
+        if fitting is None:
+            held = "; ".join(f"{own.get('CPU', 0.0):g} CPUs, {own.get('GPU', 0.0):g} GPUs" for own in machines)
+            total = {kind: sum(own.get(kind, 0.0) for own in asked) for kind in ("CPU", "GPU")}
+            raise ConfigError(
+                what=f"machines for {config.rollout.replicas} rollout replicas, {config.train.ranks} learner ranks"
+                + (" and a teacher" if config.teacher.path is not None else ""),
+                got=f"{len(machines)} in the cluster, with {held}",
+                wanted=f"{total['CPU']:g} CPUs and {total['GPU']:g} GPUs, each replica and rank whole on one machine",
+                remedy="lower rollout.replicas or train.ranks, or the share of each (rollout.cpus_per_replica, "
+                "train.cpus_per_rank, likewise gpus; fractions are allowed), or join a larger cluster",
+            )
+        for kind, amount in bundle.items():
+            fitting[kind] -= amount
 
-    One machine holds them all: weights travel through its shared memory.
-    """
-    asked = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles(config)) for kind in ("CPU", "GPU")}
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(all(machine.get(kind, 0.0) + ROUNDING >= amount for kind, amount in asked.items()) for machine in machines):
-        return
-    held = "; ".join(f"{machine.get('CPU', 0.0):g} CPUs, {machine.get('GPU', 0.0):g} GPUs" for machine in machines)
-    raise ConfigError(
-        what=f"a machine for {config.rollout.replicas} rollout replicas, {config.train.ranks} learner ranks"
-        + (" and a teacher" if config.teacher.path is not None else ""),
-        got=f"{len(machines)} in the cluster, with {held}",
-        wanted=f"one with {asked['CPU']:g} CPUs and {asked['GPU']:g} GPUs",
-        remedy="lower rollout.replicas or train.ranks, or the share of each (rollout.cpus_per_replica, "
-        "train.cpus_per_rank, likewise gpus; fractions are allowed), or join a cluster with a larger machine",
-    )
+
+def _fits(bundle: Mapping[str, float], room: Mapping[str, float]) -> bool:
+    return all(room.get(kind, 0.0) + ROUNDING >= amount for kind, amount in bundle.items())
 
 
 def bundles(config: Config) -> list[dict[str, float]]:
@@ -104,12 +110,12 @@ def bundles(config: Config) -> list[dict[str, float]]:
 
 
 def reserve(config: Config) -> PlacementGroup:
-    """Reserve all of it on one machine. Raises RlsysError where other work holds the resources."""
-    group = placement_group(bundles(config), strategy="STRICT_PACK", name=f"rlsys-{config.run.name}")
+    """Reserve all of it, on as few machines as may be. Raises RlsysError where other work holds the resources."""
+    group = placement_group(bundles(config), strategy="PACK", name=f"rlsys-{config.run.name}")
     if not group.wait(RESERVE_TIMEOUT_S):
         free = ray.available_resources()
         raise RlsysError(
-            f"no machine had {bundles(config)} free within {RESERVE_TIMEOUT_S} s; free in the cluster: "
+            f"the cluster had not {bundles(config)} free within {RESERVE_TIMEOUT_S} s; free in the cluster: "
             f"{free.get('CPU', 0.0):g} CPUs, {free.get('GPU', 0.0):g} GPUs. Other jobs hold the rest."
         )
     return group

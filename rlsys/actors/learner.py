@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from rlsys.batch.tensors import Batch, RankBatch
 from rlsys.errors import Diverged, LearnerFailed
 from rlsys.records import Probe, StepReport, TensorEntry, Version, WeightVersion
 from rlsys.weights.probe import probe_sequences
+from rlsys.weights.tcp import Source
 
 
 class LearnerActor:
@@ -27,6 +27,8 @@ class LearnerActor:
         self._rank, self._engine_dtype = rank, engine_dtype
         self._learner = LearnerRank(**arguments)
         self._probe_ids: tuple[Any, ...] = ()
+        self._segments: list[str] = []
+        self._server: Any = None
         self._writers: dict[str, Any] = {}  # kept: mapping a recycled segment anew costs as much as filling it
 
     def __repr__(self) -> str:
@@ -44,16 +46,22 @@ class LearnerActor:
         self._probe_ids = probe_sequences(self._learner.vocab_size, seed)
 
     def segments(self, run: str) -> list[str]:
-        """Paths of the run's weight segments on this machine; they are this process's, and go with it. What dead runs
-        left goes now."""
-        from rlsys.weights.owner import remove_with_owner
+        """Paths of the run's weight segments on this machine; they are this process's, and go with it."""
         from rlsys.weights.pool import NUM_SEGMENTS
-        from rlsys.weights.segment import remove_stale_segments, segment_path
+        from rlsys.weights.segment import own_segments
 
-        remove_stale_segments()
-        paths = [segment_path(run, str(number)) for number in range(NUM_SEGMENTS)]
-        remove_with_owner(paths, os.getpid())
-        return [str(path) for path in paths]
+        self._segments = own_segments(run, "learner", NUM_SEGMENTS)
+        return self._segments
+
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    def serve_segments(self) -> Source:
+        """Hand the segments out to other machines, as long as this process lives."""
+        from rlsys.weights.tcp import SegmentServer
+
+        self._server = SegmentServer(ray.util.get_node_ip_address(), self._segments)
+        return self._server.source
 
     def remove_segments(self, run: str) -> None:
         from rlsys.weights.segment import remove_segments
@@ -114,6 +122,14 @@ class RayLearner:
     async def segments(self, run: str) -> list[str]:
         """Where versions are written: segments on rank 0's machine."""
         return await answer(self._actors[0].segments.remote(run), "learner-0", LearnerFailed)
+
+    async def node(self) -> str:
+        """Ray's id of rank 0's machine."""
+        return await answer(self._actors[0].node.remote(), "learner-0", LearnerFailed)
+
+    async def serve_segments(self) -> Source:
+        """Where other machines get rank 0's segments."""
+        return await answer(self._actors[0].serve_segments.remote(), "learner-0", LearnerFailed)
 
     async def stop(self, run: str) -> None:
         await answer(self._actors[0].remove_segments.remote(run), "learner-0", LearnerFailed)

@@ -1,22 +1,26 @@
-"""A rollout worker as a Ray actor: one vLLM engine, and the code that plays groups on it."""
+"""A rollout worker as a Ray actor: one vLLM engine, and the code that plays rollouts on it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import ray
 
+from rlsys.actors.mirror import NodeMirror
 from rlsys.actors.remote import answer
 from rlsys.envs.single_turn import SingleTurn
 from rlsys.errors import EngineLost
-from rlsys.records import LoadReport, Prompt, RolloutGroup, WeightVersion
-from rlsys.rollout.play import PlaySpec, play_group
+from rlsys.records import DroppedRollout, LoadReport, Prompt, Rollout, WeightVersion
+from rlsys.rollout.play import Member, Player, PlaySpec
+from rlsys.rollout.router import EngineReport
 from rlsys.rollout.vllm_settings import VllmSettings
 
 
 class RolloutActor:
-    """Async, so that many groups are played at once. vllm and transformers are imported in the actor's process only."""
+    """Async, so that rollouts are played side by side. vllm and transformers are imported in the actor's process
+    only."""
 
     def __init__(self, name: str, settings: VllmSettings) -> None:
         from transformers import AutoTokenizer
@@ -24,10 +28,10 @@ class RolloutActor:
         from rlsys.actors.clock import WallClock
         from rlsys.rollout.vllm_engine import VllmEngine
 
-        self._name = name
-        self._tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        self._name, self._settings = name, settings
         self._engine = VllmEngine(name, settings)
-        self._clock = WallClock()
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        self._player = Player(self._engine, name, make_env=SingleTurn, tokenizer=tokenizer, clock=WallClock())
 
     def __repr__(self) -> str:
         return f"RolloutWorker({self._name})"
@@ -35,16 +39,16 @@ class RolloutActor:
     async def start(self) -> None:
         await self._engine.start()
 
-    async def play(self, prompt: Prompt, spec: PlaySpec) -> RolloutGroup:
-        return await play_group(
-            prompt,
-            spec,
-            engine=self._engine,
-            engine_name=self._name,
-            make_env=SingleTurn,
-            tokenizer=self._tokenizer,
-            clock=self._clock,
-        )
+    async def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    async def play(self, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
+        return await self._player.play_rollout(prompt, member, spec)
+
+    async def report(self) -> EngineReport:
+        from rlsys.rollout.vllm_report import engine_report
+
+        return engine_report(self._settings)
 
     async def load(self, weights: WeightVersion) -> LoadReport:
         return await self._engine.load_weights(weights)
@@ -58,6 +62,7 @@ class RayFleet:
 
     def __init__(self, actors: Mapping[str, Any]) -> None:
         self._actors = dict(actors)
+        self._mirrors: dict[str, NodeMirror] = {}
 
     def names(self) -> Sequence[str]:
         return tuple(self._actors)
@@ -68,11 +73,29 @@ class RayFleet:
         for name, start in starts:
             await answer(start, name, EngineLost)
 
-    async def play(self, engine: str, prompt: Prompt, spec: PlaySpec) -> RolloutGroup:
-        return await answer(self._actors[engine].play.remote(prompt, spec), engine, EngineLost)
+    async def play(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
+        """One call per rollout: measured on async actors it costs 0.8 ms (a call per group 0.15 ms per rollout, a
+        streamed answer per group 0.6 to 1.2 ms), and an answer leaves the moment its rollout ends."""
+        return await answer(self._actor(engine).play.remote(prompt, member, spec), engine, EngineLost)
+
+    async def report(self, engine: str) -> EngineReport:
+        return await answer(self._actor(engine).report.remote(), engine, EngineLost)
+
+    async def nodes(self) -> dict[str, list[str]]:
+        """Ray's ids of the machines, and the engines on each."""
+        engines_at: dict[str, list[str]] = {}
+        for name, actor in self._actors.items():
+            engines_at.setdefault(await answer(actor.node.remote(), name, EngineLost), []).append(name)
+        return engines_at
+
+    def load_through(self, engines: Sequence[str], mirror: NodeMirror) -> None:
+        """These engines load from ``mirror``, which is on their machine."""
+        self._mirrors |= dict.fromkeys(engines, mirror)
 
     async def load(self, engine: str, weights: WeightVersion) -> LoadReport:
-        return await answer(self._actors[engine].load.remote(weights), engine, EngineLost)
+        mirror = self._mirrors.get(engine)
+        async with mirror.holding(weights) if mirror else nullcontext(weights) as there:
+            return await answer(self._actor(engine).load.remote(there), engine, EngineLost)
 
     async def remove(self, engine: str) -> None:
         ray.kill(self._actors.pop(engine))
@@ -80,3 +103,9 @@ class RayFleet:
     async def stop(self) -> None:
         for name, actor in self._actors.items():
             await answer(actor.stop.remote(), name, EngineLost)
+
+    def _actor(self, engine: str) -> Any:
+        """A slot may be handed out in the very moment in which its engine is removed: that is a loss like any other."""
+        if engine not in self._actors:
+            raise EngineLost(f"{engine} is out of service")
+        return self._actors[engine]

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rlsys.actors.algorithm import advantage_of, critic_of, min_compared, needs_of, objective_of, selector_of
 from rlsys.actors.buffer import BufferActor, RayBuffer
@@ -20,6 +20,8 @@ from rlsys.actors.clock import WallClock
 from rlsys.actors.cluster import reserve
 from rlsys.actors.inputs import Inputs
 from rlsys.actors.learner import LearnerActor, RayLearner
+from rlsys.actors.mirror import MirrorActor, NodeMirror
+from rlsys.actors.remote import answer
 from rlsys.actors.reward import RayRewardWorker, RewardActor
 from rlsys.actors.rollout import RayFleet, RolloutActor
 from rlsys.actors.teacher import RayTeacher, TeacherActor
@@ -34,6 +36,7 @@ from rlsys.controller.deadline import within
 from rlsys.controller.loops import Loops
 from rlsys.controller.parts import Parts
 from rlsys.controller.plan import Plan
+from rlsys.errors import EngineLost
 from rlsys.observe.sink import RunSink
 from rlsys.records import RolloutGroup, Version
 from rlsys.reward.load import is_async_reward, load_reward
@@ -94,6 +97,8 @@ async def build_run(config: Config, inputs: Inputs, sink: RunSink, start: Start,
         within(config.train.start_timeout_s, "the reward workers to start", workers_ready),
         *([within(config.rollout.start_timeout_s, "the teacher to start", teacher.start())] if teacher else []),
     )
+    segments = await learner.segments(config.run.name)
+    await _reach_other_machines(config, fleet, learner, sink)
     rewards = RewardPool(
         workers,
         timeout_s=config.reward.timeout_s,
@@ -110,11 +115,29 @@ async def build_run(config: Config, inputs: Inputs, sink: RunSink, start: Start,
         learner=learner,
         checkpoints=RunCheckpoints(store, learner, sink.sync_commits),
         make_batch=partial(make_batch, config, inputs, version.incarnation),
-        segments=SegmentPool(await learner.segments(config.run.name)),
+        segments=SegmentPool(segments),
         sink=sink,
         clock=WallClock(),
     )
     return Built(loops=Loops(parts, make_plan(config), start.state), learner=learner, fleet=fleet, teacher=teacher)
+
+
+async def _reach_other_machines(config: Config, fleet: RayFleet, learner: RayLearner, sink: RunSink) -> None:
+    """Engines on the learner's machine read its segments; for those of every other machine there is a mirror there."""
+    home, engines_at = await learner.node(), await fleet.nodes()
+    others = [node for node in engines_at if node != home]
+    if not others:
+        return
+    source = await learner.serve_segments()
+    for node in others:
+        place = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+        name = f"weight mirror on {node[:8]}"
+        actor = _actor(MirrorActor, None, cpus=0, place=place)
+        paths = await within(
+            config.rollout.start_timeout_s, name, answer(actor.segments.remote(config.run.name), name, EngineLost)
+        )
+        fleet.load_through(engines_at[node], NodeMirror(name, actor, paths, source))
+        sink.event(f"{', '.join(engines_at[node])}: on another machine than the learner; weights go there over TCP")
 
 
 def make_plan(config: Config) -> Plan:
@@ -129,6 +152,7 @@ def make_plan(config: Config) -> Plan:
     # at worst a group waits until the pool has scored everything else that may stand, each member once with the others
     # and once alone, with a restart after each call
     lead = lead_limit(max_staleness=rollout.max_staleness, batch_rollouts=config.rollouts_per_batch)
+    is_gpu = rollout.gpus_per_replica > 0 or train.gpus_per_rank > 0
     one_group_s = (spec.num_members + 1) * (2 * reward.timeout_s + GRACE_S + RESTART_TIMEOUT_S)
     return Plan(
         steps=config.run.steps,
@@ -149,9 +173,14 @@ def make_plan(config: Config) -> Plan:
             one_group_s * (1 + lead / rollout.group_size / reward.workers),
             (rollout.timeout_s + TEACHER_GRACE_S) * (1 + lead / config.teacher.slots),  # no less where there is none
         ),
+        max_retries=config.data.max_requeues,
+        update_share=rollout.update_share,
+        recomputes=rollout.update_mode == "recompute",
         stall_s=rollout.timeout_s
         + max(one_group_s, (rollout.timeout_s + TEACHER_GRACE_S) * (1 + spec.num_members / config.teacher.slots)),
         step_timeout_s=train.timeout_s,
+        engine_cores=rollout.gpus_per_replica if is_gpu else rollout.cpus_per_replica,
+        trainer_cores=train.ranks * (train.gpus_per_rank if is_gpu else train.cpus_per_rank),
     )
 
 
@@ -188,6 +217,7 @@ def _rollout_actors(config: Config, inputs: Inputs, place: _Places) -> list[tupl
             start_timeout_s=rollout.start_timeout_s,
             timeout_s=rollout.timeout_s,
             vllm=rollout.vllm,
+            update_mode=rollout.update_mode,
         )
         actor = _actor(
             RolloutActor,
@@ -274,7 +304,7 @@ def _actor(
     cpus: float,
     gpus: float = 0.0,
     environment: dict[str, str] | None = None,
-    place: PlacementGroupSchedulingStrategy | None = None,
+    place: PlacementGroupSchedulingStrategy | NodeAffinitySchedulingStrategy | None = None,
     max_concurrency: int | None = None,
 ) -> Any:
     """A Ray actor class with its resources. A name of None is for actors that are replaced under the same name, which

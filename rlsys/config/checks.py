@@ -51,7 +51,6 @@ def check_sections(config: Config, *, resume: bool = False) -> None:
     """
     check_staleness_is_corrected(config)
     check_batch_can_be_divided(config)
-    check_group_fits_an_engine(config)
     check_pass_at(config)
     check_data_is_named_once(config)
     check_run_folder(config, resume=resume)
@@ -81,16 +80,6 @@ def check_batch_can_be_divided(config: Config) -> None:
             f"{config.train.ranks} ranks",
             wanted=f"at least {needed} rollouts a batch, one for each step and rank",
             remedy="lower train.steps_per_batch or train.ranks, or raise train.prompts_per_batch or rollout.group_size",
-        )
-
-
-def check_group_fits_an_engine(config: Config) -> None:
-    if config.rollout.group_size > config.rollout.slots:
-        raise ConfigError(
-            f"rollout.group_size={config.rollout.group_size}",
-            got=f"more than the {config.rollout.slots} rollouts that one engine runs at once (rollout.slots)",
-            wanted="a group that fits on one engine",
-            remedy="raise rollout.slots or lower rollout.group_size",
         )
 
 

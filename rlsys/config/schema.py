@@ -151,6 +151,11 @@ class RolloutSection(Section):
     """Number of vLLM engines."""
     max_staleness: Annotated[int, Field(ge=0)] = 1
     """eta: how many steps old a trained token may be; 0 is synchronous and on-policy."""
+    update_mode: Literal["recompute", "keep", "drain"] = "recompute"
+    """How requests in flight go on under new weights: recompute computes their KV again, keep leaves it old (their
+    tokens then match neither policy), drain lets them end first, while new ones wait."""
+    update_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the replicas, at least one, that take over new weights at a time; the others generate on."""
     age_policy: Literal["drop", "mask"] = "drop"
     """What happens to tokens older than eta: the whole rollout is dropped, or its old tokens carry no weight."""
     group_size: Annotated[int, Field(ge=1)] = 8

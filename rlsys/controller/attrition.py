@@ -16,7 +16,7 @@ from rlsys.buffer.replay import close_if_too_small
 from rlsys.controller.ledger import Ledger
 from rlsys.controller.parts import Parts
 from rlsys.controller.plan import Plan
-from rlsys.errors import EngineLost, TooManyDrops
+from rlsys.errors import TooManyDrops
 from rlsys.records import DropCause, Prompt, RolloutGroup
 from rlsys.rollout.play import greedy_id
 
@@ -78,11 +78,6 @@ class Attrition:
         self._filtered_by.clear()
         self._num_arrived += 1
 
-    def lose_engine(self, prompt: Prompt, error: EngineLost) -> None:
-        """The engine that played the group is gone. Raises TooManyDrops."""
-        self._ledger.drop_rest(prompt.group_id, DropCause.ENGINE_LOST)
-        self._lose(prompt, f"{DropCause.ENGINE_LOST.value}: {error}", ask_again=True)
-
     def drain_metrics(self) -> dict[str, float]:
         """Of the groups that were scored since the last call, the share that was filtered whole."""
         total = self._num_filtered + self._num_arrived
@@ -99,10 +94,9 @@ class Attrition:
         return close_if_too_small(group, least) if is_scored or len(members) < least else group
 
     def _book(self, group: RolloutGroup) -> None:
-        num_booked = group.num_members - self._ledger.standing(group.group_id)
-        lost = group.dropped[num_booked:]
+        lost = [member for member in group.dropped if self._ledger.stands(member.rollout_id)]
         for member in lost:
-            self._ledger.drop(group.group_id, member.cause)
+            self._ledger.drop(member.rollout_id, member.cause)
         if lost:
             self._room()
 

@@ -7,11 +7,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from math import comb, nan
 
+from rlsys.controller.gather import Gatherer
 from rlsys.controller.parts import Parts
 from rlsys.controller.plan import Plan
 from rlsys.controller.roster import Roster
-from rlsys.errors import EngineLost
-from rlsys.records import NOT_SAMPLED, DropCause, DroppedRollout, Prompt, RolloutGroup, Version
+from rlsys.records import NOT_SAMPLED, Prompt, RolloutGroup, Version
 from rlsys.rollout.play import PlaySpec
 
 EVAL_SHARE = 0.5  # of the slots: an evaluation beside the training must leave room for it
@@ -106,10 +106,11 @@ def _mean_pass_at(correct_by_group: Sequence[Sequence[bool]], k: int) -> float:
 
 
 class Evaluator:
-    """Evaluates on the run's own engines, with its own rewards.
+    """Evaluates on the run's own engines, through the same slots, with its own rewards.
 
     Args:
-        play, score: as the training does it: a group on slots that are held already; its rewards.
+        gatherer: plays the groups.
+        score: gives a group its rewards.
     """
 
     def __init__(
@@ -118,11 +119,11 @@ class Evaluator:
         plan: Plan,
         roster: Roster,
         *,
-        play: Callable[[str, Prompt, PlaySpec], Awaitable[RolloutGroup]],
+        gatherer: Gatherer,
         score: Callable[[RolloutGroup], Awaitable[RolloutGroup]],
     ) -> None:
         self._parts, self._plan, self._roster = parts, plan, roster
-        self._play, self._score = play, score
+        self._gatherer, self._score = gatherer, score
         self._num_rounds = 0
 
     async def run(self, name: str, pass_samples: int) -> tuple[EvalReport, EvalReport | None]:
@@ -141,16 +142,10 @@ class Evaluator:
         self._num_rounds += 1  # request ids of one round must not meet those of another
         prompts = [replace(prompt, attempt=self._num_rounds) for prompt in self._parts.source.eval_prompts()]
         share = EVAL_SHARE * self._plan.slots * len(self._roster.names)
-        places = asyncio.Semaphore(max(1, int(share) // spec.group_size))
+        room = asyncio.Semaphore(max(1, int(share)))
 
         async def ask(prompt: Prompt) -> RolloutGroup:
-            try:
-                async with places:
-                    engine = await self._roster.acquire(spec.group_size)  # whoever holds slots has a deadline
-                    group = await self._play(engine, prompt, spec)
-                return await self._score(group) if group.rollouts else group
-            except EngineLost as error:
-                lost = DroppedRollout(rollout_id=prompt.group_id, cause=DropCause.ENGINE_LOST, detail=str(error))
-                return RolloutGroup(prompt=prompt, rollouts=(), dropped=(lost,) * spec.group_size)
+            group = await self._gatherer.play(prompt, spec, room=room)
+            return await self._score(group) if group.rollouts else group
 
         return await evaluate(prompts, ask, correct_at=self._plan.correct_at, pass_at=pass_at)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -18,9 +18,10 @@ from rlsys.records import DropCause, Prompt, RolloutGroup
 class Stage(Enum):
     """Where a rollout stands between submission and its end."""
 
-    QUEUED = "queued"  # admitted, its group not yet with an engine
-    PARKED = "parked"  # waiting for an engine with free slots and a version new enough
+    QUEUED = "queued"  # admitted, its group not yet in the line for an engine
+    PARKED = "parked"  # waiting for an engine with a free slot and a version new enough
     RUNNING = "running"  # being sampled
+    GATHERED = "gathered"  # ended, and waiting for the rest of its group
     SCORING = "scoring"  # being scored
     BUFFERED = "buffered"  # waiting to be trained
     LEASED = "leased"  # handed to the learner, not committed
@@ -29,12 +30,11 @@ class Stage(Enum):
 @dataclass(slots=True)
 class _Standing:
     prompt: Prompt
-    stage: Stage
-    num_rollouts: int
+    stages: dict[str, Stage]  # of every rollout that stands, by its id
 
 
 class Ledger:
-    """Counts rollouts by group and stage. Every change is checked against what the records themselves say.
+    """Knows every rollout that stands, and its stage. Every change is checked against what the records themselves say.
 
     Args:
         state: of the run before it was resumed; its finished groups wait in the buffer, what else stood is submitted
@@ -56,7 +56,7 @@ class Ledger:
         self._standing: dict[str, _Standing] = {}
         self._lead = 0
         for group in state.groups:
-            self.submit(group.prompt, len(group.rollouts), Stage.BUFFERED)
+            self.submit(group.prompt, [rollout.rollout_id for rollout in group.rollouts], Stage.BUFFERED)
 
     @property
     def lead(self) -> int:
@@ -67,64 +67,61 @@ class Ledger:
     def num_groups(self) -> int:
         return len(self._standing)
 
-    def submit(self, prompt: Prompt, num_rollouts: int, stage: Stage = Stage.QUEUED) -> None:
+    def submit(self, prompt: Prompt, rollout_ids: Sequence[str], stage: Stage = Stage.QUEUED) -> None:
         if prompt.group_id in self._standing:
             raise LawBroken(f"group {prompt.group_id} was submitted twice")
-        self._standing[prompt.group_id] = _Standing(prompt, stage, num_rollouts)
-        self.submitted += num_rollouts
-        self._lead += num_rollouts
+        self._standing[prompt.group_id] = _Standing(prompt, dict.fromkeys(rollout_ids, stage))
+        self.submitted += len(rollout_ids)
+        self._lead += len(rollout_ids)
 
-    def move(self, group_id: str, stage: Stage, num_rollouts: int) -> None:
-        """The group reaches ``stage`` with ``num_rollouts`` members, as its record says."""
-        self._find(group_id, num_rollouts).stage = stage
+    def move(self, rollout_id: str, stage: Stage) -> None:
+        """One rollout reaches ``stage``."""
+        self._find(group_of(rollout_id), rollout_id)[rollout_id] = stage
 
-    def drop(self, group_id: str, cause: DropCause, num_rollouts: int = 1) -> None:
-        standing = self._find(group_id)
-        standing.num_rollouts -= num_rollouts
-        if standing.num_rollouts < 0:
-            raise LawBroken(f"group {group_id} dropped more rollouts than it had ({cause.value})")
-        self.dropped[cause] += num_rollouts
-        self._lead -= num_rollouts
-        if standing.num_rollouts == 0:
+    def move_group(self, group: RolloutGroup, stage: Stage) -> None:
+        """The group reaches ``stage`` with the rollouts of its record."""
+        stages = self._find_group(group)
+        for rollout_id in stages:
+            stages[rollout_id] = stage
+
+    def drop(self, rollout_id: str, cause: DropCause) -> None:
+        group_id = group_of(rollout_id)
+        stages = self._find(group_id, rollout_id)
+        del stages[rollout_id]
+        if not stages:
             del self._standing[group_id]
+        self.dropped[cause] += 1
+        self._lead -= 1
 
-    def standing(self, group_id: str) -> int:
-        """Rollouts of the group that are neither trained nor dropped."""
-        return self._find(group_id).num_rollouts
+    def stands(self, rollout_id: str) -> bool:
+        """Whether the rollout is neither trained nor dropped."""
+        standing = self._standing.get(group_of(rollout_id))
+        return standing is not None and rollout_id in standing.stages
 
     def agreeing(self, groups: Iterable[RolloutGroup]) -> tuple[RolloutGroup, ...]:
-        """Those of ``groups`` that stand here with as many rollouts as their records hold."""
-        return tuple(
-            group
-            for group in groups
-            if group.group_id in self._standing and self._standing[group.group_id].num_rollouts == len(group.rollouts)
-        )
+        """Those of ``groups`` that stand here with the very rollouts that their records hold."""
+        return tuple(group for group in groups if self._agrees(group))
 
     def unfinished(self, finished: Iterable[RolloutGroup]) -> tuple[Prompt, ...]:
         """Questions of the groups that stand here, in the order of their submission, without those of ``finished``."""
         known = {group.group_id for group in finished}
         return tuple(standing.prompt for group_id, standing in self._standing.items() if group_id not in known)
 
-    def drop_rest(self, group_id: str, cause: DropCause) -> int:
-        """Drop what stands of a group; returns how many."""
-        num_rollouts = self._standing[group_id].num_rollouts if group_id in self._standing else 0
-        if num_rollouts:
-            self.drop(group_id, cause, num_rollouts)
-        return num_rollouts
-
-    def train(self, group_id: str, num_rollouts: int) -> None:
-        standing = self._find(group_id, num_rollouts)
-        if standing.stage is not Stage.LEASED:
-            raise LawBroken(f"group {group_id} was trained while {standing.stage.value}")
-        del self._standing[group_id]
-        self.trained += num_rollouts
+    def train(self, group: RolloutGroup) -> None:
+        stages = self._find_group(group)
+        not_leased = {stage.value for stage in stages.values() if stage is not Stage.LEASED}
+        if not_leased:
+            raise LawBroken(f"group {group.group_id} was trained while {', '.join(sorted(not_leased))}")
+        del self._standing[group.group_id]
+        self.trained += len(stages)
         self.groups_trained += 1
-        self._lead -= num_rollouts
+        self._lead -= len(stages)
 
     def counts(self) -> dict[Stage, int]:
         by_stage = dict.fromkeys(Stage, 0)
         for standing in self._standing.values():
-            by_stage[standing.stage] += standing.num_rollouts
+            for stage in standing.stages.values():
+                by_stage[stage] += 1
         return by_stage
 
     def check(self, buffer: BufferCounts | None = None, *, quiet: bool = False) -> None:
@@ -163,12 +160,29 @@ class Ledger:
         parts += [f"dropped ({cause.value}) {count}" for cause, count in self.dropped.items()]
         return ", ".join(parts)
 
-    def _find(self, group_id: str, num_rollouts: int | None = None) -> _Standing:
+    def _find(self, group_id: str, rollout_id: str) -> dict[str, Stage]:
         standing = self._standing.get(group_id)
-        if standing is None:
-            raise LawBroken(f"group {group_id} is not on the ledger")
-        if num_rollouts is not None and standing.num_rollouts != num_rollouts:
+        if standing is None or rollout_id not in standing.stages:
+            raise LawBroken(f"rollout {rollout_id} is not on the ledger")
+        return standing.stages
+
+    def _find_group(self, group: RolloutGroup) -> dict[str, Stage]:
+        if group.group_id not in self._standing:
+            raise LawBroken(f"group {group.group_id} is not on the ledger")
+        stages = self._standing[group.group_id].stages
+        if not self._agrees(group):
             raise LawBroken(
-                f"group {group_id} arrived with {num_rollouts} rollouts, the ledger has {standing.num_rollouts}"
+                f"group {group.group_id} arrived with {len(group.rollouts)} rollouts, the ledger has "
+                f"{len(stages)}: {', '.join(stages)}"
             )
-        return standing
+        return stages
+
+    def _agrees(self, group: RolloutGroup) -> bool:
+        standing = self._standing.get(group.group_id)
+        ids = [rollout.rollout_id for rollout in group.rollouts]
+        return standing is not None and len(ids) == len(standing.stages) and set(ids) == standing.stages.keys()
+
+
+def group_of(rollout_id: str) -> str:
+    """Id of the group that a rollout belongs to."""
+    return rollout_id.rpartition("/")[0]

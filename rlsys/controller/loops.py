@@ -3,8 +3,9 @@
       source.next()          rollout_loop: admitted while the lead is below (max_staleness + 1) batches
            |
            v                 one task per group:
-      roster.acquire() ----> PARKED until an engine has slots and serves a version new enough for when its turn comes
-      fleet.play()           RUNNING: vLLM samples; every token is stamped with the version that sampled it
+      gatherer.play()        every member for itself, put together when the last one has ended (GATHERED):
+        roster.acquire() --> PARKED until an engine has a slot and serves a version new enough for when its turn comes
+        fleet.play()         RUNNING: vLLM samples; every token is stamped with the version that sampled it
       scorer.score()         SCORING: worker processes with a deadline; a failure is a drop, never a 0
       select()               rewards shaped; a group of which no rollout is selected makes room for another question
       buffer.put()           BUFFERED
@@ -18,6 +19,7 @@
       checkpoints.save()     every few steps, after the last one, and at a stop
 
       eval_loop              held-out questions on the same engines, beside all this
+      watch_loop             one per engine: how loaded it is
 
 All loops run at once; only the lead couples production to training. ``max_staleness`` 0 is the same code: the lead is
 one batch, and a publication waits for every engine.
@@ -37,18 +39,19 @@ from rlsys.controller.attrition import Attrition
 from rlsys.controller.deadline import within
 from rlsys.controller.evaluate import Evaluator
 from rlsys.controller.failures import first_failure
+from rlsys.controller.gather import Gatherer
 from rlsys.controller.ledger import Ledger, Stage
 from rlsys.controller.parts import Parts, Scorer
 from rlsys.controller.plan import Plan
 from rlsys.controller.roster import Roster
 from rlsys.controller.saving import Saver
 from rlsys.controller.state import RunState
-from rlsys.controller.stats import batch_metrics, drop_metrics, trained_ages
+from rlsys.controller.stats import batch_metrics, drop_metrics, recomputed_tokens, trained_ages
 from rlsys.controller.sync import WeightSync
 from rlsys.controller.totals import Totals
-from rlsys.errors import CheckpointFailed, EngineLost, WaitTimeout
+from rlsys.controller.watch import watch_loop
+from rlsys.errors import CheckpointFailed, WaitTimeout
 from rlsys.records import Prompt, RolloutGroup
-from rlsys.rollout.play import PlaySpec
 
 Answer = TypeVar("Answer")
 
@@ -79,8 +82,19 @@ class Loops:
             sink=parts.sink,
             export_timeout_s=plan.step_timeout_s,
             load_timeout_s=plan.play_timeout_s,
+            share=plan.update_share,
         )
-        self.evaluator = Evaluator(parts, plan, self.roster, play=self._play, score=partial(self._score, parts.grader))
+        self.gatherer = Gatherer(
+            parts.fleet,
+            self.roster,
+            lose=self.sync.lose,
+            sampled=self.totals.sample,
+            timeout_s=plan.play_timeout_s,
+            max_retries=plan.max_retries,
+        )
+        self.evaluator = Evaluator(
+            parts, plan, self.roster, gatherer=self.gatherer, score=partial(self._score, parts.grader)
+        )
         self.saver = Saver(parts, self.ledger, self.totals, state, plan.step_timeout_s)
         self._limit = lead_limit(max_staleness=plan.max_staleness, batch_rollouts=plan.batch_members)
         self._lead_fell = asyncio.Event()
@@ -115,7 +129,15 @@ class Loops:
     async def _train(self, tasks: asyncio.TaskGroup) -> None:
         self.totals.open(self.parts.clock.now(), self.roster.busy_seconds())
         self.is_training = True
-        for loop in (self.live_loop(), self.eval_loop(), self.rollout_loop(tasks)):
+        watching = partial(
+            watch_loop,
+            fleet=self.parts.fleet,
+            roster=self.roster,
+            clock=self.parts.clock,
+            lose=self.sync.lose,
+            timeout_s=self.plan.play_timeout_s,
+        )
+        for loop in (*map(watching, self.roster.names), self.live_loop(), self.eval_loop(), self.rollout_loop(tasks)):
             self._spawn(tasks, loop)
         await self.train_loop(tasks)
         self.is_training = False
@@ -152,7 +174,7 @@ class Loops:
                     prompts_per_batch=self.plan.prompts_per_batch,
                     max_staleness=self.plan.max_staleness,
                 )
-                self.ledger.submit(prompt, self.plan.spec.num_members)
+                self.ledger.submit(prompt, [one.rollout_id(prompt.group_id) for one in self.plan.spec.members])
                 self._spawn(tasks, self.group_task(prompt, min_step))
             else:
                 self._lead_fell.clear()
@@ -162,26 +184,19 @@ class Loops:
         """Carry one question from an engine that serves ``min_step`` or later into the buffer.
 
         consumes: one question.
-        waits for: an engine with free slots, its answers, their rewards.
+        waits for: a slot for each member, their answers, their rewards.
         unblocked by: released slots, a proven weight version; deadlines bound each wait.
         produces: a scored group in the buffer; or drops by cause, and this question or another one asked in its place.
         """
-        num_members = self.plan.spec.num_members
-        try:
-            self.ledger.move(prompt.group_id, Stage.PARKED, num_members)
-            engine = await self.roster.acquire(num_members, min_step)
-            self.ledger.move(prompt.group_id, Stage.RUNNING, num_members)
-            group = self.attrition.close(await self._play(engine, prompt, self.plan.spec))
-        except EngineLost as error:
-            self.attrition.lose_engine(prompt, error)
-            return
+        group = await self.gatherer.play(prompt, self.plan.spec, min_step=min_step, move=self.ledger.move)
+        group = self.attrition.close(group)
         if group.rollouts:
-            self.ledger.move(prompt.group_id, Stage.SCORING, len(group.rollouts))
+            self.ledger.move_group(group, Stage.SCORING)
             group = self.attrition.close(await self._score(self.parts.scorer, group))
         if group.rollouts:
             group = self.attrition.select(group)
         if group.rollouts:
-            self.ledger.move(prompt.group_id, Stage.BUFFERED, len(group.rollouts))
+            self.ledger.move_group(group, Stage.BUFFERED)
             await self._buffer(self.parts.buffer.put(group))
             self.attrition.arrive()
 
@@ -223,7 +238,6 @@ class Loops:
                     "timing_s/step": clock.now() - began,
                 },
             )
-            self.totals.wait_for_batch_s += waited_s
             if self.plan.eval_every_steps and self.version.step % self.plan.eval_every_steps == 0:
                 self._eval_due.set()
             if self.version.step == self.plan.steps or (every_steps and self.version.step % every_steps == 0):
@@ -264,6 +278,7 @@ class Loops:
                     "buffer/lead": self.ledger.lead,
                     "buffer/lead_limit": self._limit,
                     "rollout/running": self.roster.num_running,
+                    "rollout/slots": self.roster.num_slots,
                     "rollout/engines": len(self.roster.names),
                     **self.totals.summary(self.parts.clock.now(), self.roster.busy_seconds()),
                     **self.sync.counts(),
@@ -271,17 +286,6 @@ class Loops:
             )
 
     # --- one datum's steps -------------------------------------------------------------------------------------------
-
-    async def _play(self, engine: str, prompt: Prompt, spec: PlaySpec) -> RolloutGroup:
-        """Sample one group on slots that are held already. An engine that misses its deadline is lost."""
-        try:
-            playing = self.parts.fleet.play(engine, prompt, spec)
-            return await within(self.plan.play_timeout_s, f"{engine} to play {prompt.group_id}", playing)
-        except (EngineLost, WaitTimeout) as error:
-            await self.sync.lose(engine, str(error))
-            raise EngineLost(str(error)) from error
-        finally:
-            self.roster.release(engine, spec.num_members)
 
     async def _score(self, scorer: Scorer, group: RolloutGroup) -> RolloutGroup:
         who = f"the rewards of {group.group_id}"
@@ -296,7 +300,7 @@ class Loops:
                 self.attrition.close(group)
             if take.lease is not None:
                 for group in take.lease.groups:
-                    self.ledger.move(group.group_id, Stage.LEASED, len(group.rollouts))
+                    self.ledger.move_group(group, Stage.LEASED)
                 return take.lease
             if self._progress_mark() != seen or not self._learner_waits:
                 quiet_since, seen = self.parts.clock.now(), self._progress_mark()
@@ -332,14 +336,20 @@ class Loops:
     async def _account(self, lease: Lease, step: int, timing: dict[str, float]) -> None:
         """The leased groups are trained: ledger, law 1, metrics."""
         for group in lease.groups:
-            self.ledger.train(group.group_id, len(group.rollouts))
+            self.ledger.train(group)
         self.parts.sink.commit(self.version, [str(group.prompt.draw) for group in lease.groups])
         self._lead_fell.set()
         self.ledger.check(await self._buffer(self.parts.buffer.counts()))
         self.ledger.check_draws(self.parts.source.counts())
         ages = trained_ages(lease.groups, step, self.plan)
         metrics = {**timing, **batch_metrics(lease.groups, ages), **drop_metrics(self.ledger.dropped)}
+        metrics |= {"weights/recomputed_tokens": recomputed_tokens(lease.groups)} if self.plan.recomputes else {}
         self.totals.book(lease.groups, ages)
+        self.totals.wait_for_batch_s += timing["timing_s/wait_for_batch"]
+        self.totals.train_s += timing["timing_s/step"] - timing["timing_s/wait_for_batch"]
+        counts, moment = self.ledger.counts(), (self.parts.clock.now(), self.roster.busy_seconds())
+        buffered = counts[Stage.BUFFERED] + counts[Stage.LEASED]
+        metrics |= self.totals.step_balance(*moment, buffered=buffered, **self._cores())
         is_flat = self.plan.min_compared > 1 and metrics["critic/groups_without_variance"] == 1.0
         if is_flat and not self._told_of_equal_rewards:
             self._told_of_equal_rewards = True
@@ -370,12 +380,18 @@ class Loops:
         """Changes whenever a rollout changes its stage."""
         return (self.ledger.submitted, self.ledger.dropped.total(), *self.ledger.counts().values())
 
+    def _cores(self) -> dict[str, float]:
+        engines = len(self.roster.names) * self.plan.engine_cores
+        return {"rollout_cores": engines, "trainer_cores": self.plan.trainer_cores}
+
     def summary(self) -> dict[str, float]:
         """The flat figures of result.json, at any moment."""
         return {
             "steps": self.version.step,
             **self.totals.summary(self.parts.clock.now(), self.roster.busy_seconds()),
+            **self.totals.run_balance(self.parts.clock.now(), self.roster.busy_seconds(), **self._cores()),
             "rollouts_submitted": self.ledger.submitted,
+            "rollouts_retried": self.gatherer.num_retried,
             **self.sync.counts(),
             **drop_metrics(self.ledger.dropped),
         }

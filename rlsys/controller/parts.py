@@ -10,9 +10,19 @@ from typing import Any, Protocol
 from rlsys.buffer.replay import BufferCounts, Take
 from rlsys.controller.state import RunState
 from rlsys.prompts.source import SourceCounts
-from rlsys.records import LoadReport, Prompt, RolloutGroup, StepReport, Version, WeightVersion
+from rlsys.records import (
+    DroppedRollout,
+    LoadReport,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    StepReport,
+    Version,
+    WeightVersion,
+)
 from rlsys.rollout.clock import Clock
-from rlsys.rollout.play import PlaySpec
+from rlsys.rollout.play import Member, PlaySpec
+from rlsys.rollout.router import EngineReport
 from rlsys.weights.pool import SegmentPool
 
 
@@ -21,8 +31,12 @@ class Fleet(Protocol):
 
     def names(self) -> Sequence[str]: ...
 
-    async def play(self, engine: str, prompt: Prompt, spec: PlaySpec) -> RolloutGroup:
-        """Raises EngineLost; a refused or failed member comes back in ``dropped``."""
+    async def play(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
+        """One rollout, all its turns on this engine. Raises EngineLost; one that is refused comes back as dropped."""
+        ...
+
+    async def report(self, engine: str) -> EngineReport:
+        """What the engine says of itself. Raises EngineLost."""
         ...
 
     async def load(self, engine: str, weights: WeightVersion) -> LoadReport:

@@ -23,6 +23,10 @@ class Plan:
         rollouts_logged: sampled rollouts kept per step.
         play_timeout_s, score_timeout_s, step_timeout_s: deadlines, seconds; the last one of a checkpoint too.
         stall_s: longest time in which not a single rollout gets on, seconds.
+        max_retries: how often one rollout is played again whose engine was lost.
+        update_share: of the engines that take over new weights at a time.
+        recomputes: whether requests in flight have their KV computed again under new weights.
+        engine_cores, trainer_cores: cores (GPUs where the run is on GPUs) of one engine, and of all learner ranks.
     """
 
     steps: int
@@ -42,6 +46,11 @@ class Plan:
     score_timeout_s: float
     step_timeout_s: float
     stall_s: float
+    max_retries: int
+    update_share: float
+    recomputes: bool
+    engine_cores: float
+    trainer_cores: float
 
     @property
     def batch_members(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from rlsys.buffer.staleness import first_trained_step, staleness_of
 from rlsys.controller.plan import Plan
 from rlsys.errors import LawBroken
-from rlsys.records import DropCause, RolloutGroup, StopReason
+from rlsys.records import NOT_SAMPLED, DropCause, RolloutGroup, StopReason
 
 
 def batch_metrics(groups: Sequence[RolloutGroup], ages: Sequence[int]) -> dict[str, float]:
@@ -41,6 +42,18 @@ def _greedy_reward(group: RolloutGroup) -> tuple[float, ...]:
     return () if group.greedy_reward is None else (group.greedy_reward,)
 
 
+def recomputed_tokens(groups: Iterable[RolloutGroup]) -> int:
+    """Tokens whose KV was computed again because new weights came while a rollout was under way: at each change of the
+    version all that stood before it."""
+    total = 0
+    for group in groups:
+        for rollout in group.rollouts:
+            places_T = np.flatnonzero(rollout.versions_T != NOT_SAMPLED)
+            changes_T = np.diff(rollout.versions_T[places_T]) != 0
+            total += int(places_T[1:][changes_T].sum())
+    return total
+
+
 def reward_part_means(groups: Iterable[RolloutGroup]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for group in groups:
@@ -53,6 +66,85 @@ def reward_part_means(groups: Iterable[RolloutGroup]) -> dict[str, float]:
 def drop_metrics(dropped: Mapping[DropCause, int]) -> dict[str, float]:
     """Rollouts dropped since the start, by cause; every cause is named so that a zero can be seen."""
     return {f"dropped/{cause.value}": float(dropped.get(cause, 0)) for cause in DropCause}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What the two sides of a run got done in a stretch of time.
+
+    Attributes:
+        wall_s: its length.
+        wait_s: of it, seconds in which the learner had nothing to train.
+        train_s: of it, seconds from a batch in hand until its weights were published.
+        busy_s: of it, seconds in which an engine had something to do, on average over the engines.
+        made: rollouts that became fit to be trained, less those that were too old in the end.
+        trained: rollouts trained.
+        sampled_tokens: sampled by the engines, those of dropped and of held-out answers too.
+        trained_tokens: sampled tokens of the trained rollouts.
+    """
+
+    wall_s: float
+    wait_s: float
+    train_s: float
+    busy_s: float
+    made: int
+    trained: int
+    sampled_tokens: int
+    trained_tokens: int
+
+    def since(self, earlier: Work) -> Work:
+        """What was added to the sums of ``earlier``."""
+        return Work(
+            wall_s=self.wall_s - earlier.wall_s,
+            wait_s=self.wait_s - earlier.wait_s,
+            train_s=self.train_s - earlier.train_s,
+            busy_s=self.busy_s - earlier.busy_s,
+            made=self.made - earlier.made,
+            trained=self.trained - earlier.trained,
+            sampled_tokens=self.sampled_tokens - earlier.sampled_tokens,
+            trained_tokens=self.trained_tokens - earlier.trained_tokens,
+        )
+
+
+def balance_metrics(work: Work, *, rollout_cores: float, trainer_cores: float) -> dict[str, float]:
+    """Rates of the two sides, each per second in which it worked; and theta*, the share of all cores with which the
+    trainer would take as long for a batch as the engines do with the rest:
+
+        theta* = m / (m + t),  m = made a second / rollout_cores,  t = trained a second / trainer_cores
+
+    (after LlamaRL, arXiv:2505.24034, with rates in place of times; derived in ``plan/balance``). It holds where a rate
+    grows in proportion to the cores, those of one engine or rank or more of them. What nothing was measured of is left
+    out.
+
+    Args:
+        rollout_cores: cores of all engines in service, or GPUs where the run is on GPUs.
+        trainer_cores: the same of all learner ranks.
+    """
+    metrics = {}
+    has_made, has_trained = work.busy_s > 0 and work.made > 0, work.train_s > 0 and work.trained > 0
+    if has_made:
+        metrics["balance/rollouts_made_per_s"] = work.made / work.busy_s
+        metrics["balance/rollout_tokens_per_s"] = work.sampled_tokens / work.busy_s
+    if has_trained:
+        metrics["balance/rollouts_trained_per_s"] = work.trained / work.train_s
+        metrics["balance/trainer_tokens_per_s"] = work.trained_tokens / work.train_s
+    if has_made and has_trained and rollout_cores > 0 and trainer_cores > 0:
+        made = metrics["balance/rollouts_made_per_s"] / rollout_cores
+        trained = metrics["balance/rollouts_trained_per_s"] / trainer_cores
+        metrics["balance/trainer_share"] = made / (made + trained)
+    return metrics
+
+
+def pace_metrics(work: Work) -> dict[str, float]:
+    """Rollouts trained per second of all the time, and the shares of it in which the learner waited for a batch and in
+    which an engine had nothing to do."""
+    if work.wall_s <= 0:
+        return {}
+    return {
+        "balance/rollouts_per_s": work.trained / work.wall_s,
+        "balance/trainer_idle": min(1.0, work.wait_s / work.wall_s),
+        "balance/rollout_idle": min(1.0, max(0.0, 1.0 - work.busy_s / work.wall_s)),
+    }
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -25,6 +25,7 @@ class WeightSync:
 
     Args:
         export_timeout_s, load_timeout_s: deadlines of one export and one pull, seconds.
+        share: of the engines, at least one, that pull at a time, so that the fleet never stands still.
     """
 
     def __init__(
@@ -38,10 +39,14 @@ class WeightSync:
         sink: Sink,
         export_timeout_s: float,
         load_timeout_s: float,
+        share: float = 1.0,
     ) -> None:
         self._learner, self._fleet, self._roster = learner, fleet, roster
         self._segments, self._clock, self._sink = segments, clock, sink
         self._export_timeout_s, self._load_timeout_s = export_timeout_s, load_timeout_s
+        self._share = share
+        self._num_pulling = 0
+        self._pull_ended = asyncio.Event()
         self._newest: WeightVersion | None = None
         self._pending: Version | None = None
         self._published = asyncio.Event()
@@ -99,16 +104,17 @@ class WeightSync:
                     await self._clock.sleep(SEGMENT_POLL_S)
             await self._roster.wait_all_serve(version.step)
 
-        # one pull may be in progress when this one starts, so two must fit
-        seconds = self._export_timeout_s + 2 * self._load_timeout_s
+        # one pull may be in progress when this one starts, so one more must fit
+        rounds = -(-len(self._roster.names) // self._most_pulling) + 1
+        seconds = self._export_timeout_s + rounds * self._load_timeout_s
         await within(seconds, f"version {version} on every engine: {self._roster.describe()}", publish_and_wait())
 
     async def pull_loop(self, engine: str) -> None:
         """One per engine.
 
         consumes: the newest published version.
-        waits for: a version newer than the one the engine serves.
-        unblocked by: publish.
+        waits for: a version newer than the one the engine serves; its turn among the engines.
+        unblocked by: publish; another engine's pull that ends.
         produces: an engine that serves it, proven; groups that waited for it start.
         """
         refusals = 0
@@ -119,6 +125,10 @@ class WeightSync:
                 self._published.clear()
                 await self._published.wait()
                 continue
+            if self._num_pulling >= self._most_pulling:
+                self._pull_ended.clear()
+                await self._pull_ended.wait()
+                continue  # there may be a newer version by now, which is taken at once
             try:
                 await self._pull(engine, weights)
                 refusals = 0
@@ -130,6 +140,10 @@ class WeightSync:
                     await self.lose(engine, f"refused weights {refusals} times in a row")
             except (EngineLost, WaitTimeout) as error:
                 await self.lose(engine, str(error))
+
+    @property
+    def _most_pulling(self) -> int:
+        return max(1, int(self._share * len(self._roster.names)))
 
     async def lose(self, engine: str, reason: str) -> None:
         """Take an engine out of service. Raises FleetLost when none is left."""
@@ -146,6 +160,7 @@ class WeightSync:
 
     async def _pull(self, engine: str, weights: WeightVersion) -> None:
         self._segments.add_reader(weights.segment)
+        self._num_pulling += 1
         try:
             report = await within(
                 self._load_timeout_s,
@@ -154,5 +169,7 @@ class WeightSync:
             )
         finally:
             self._segments.remove_reader(weights.segment)
+            self._num_pulling -= 1
+            self._pull_ended.set()
         self._loads.append(report)
         self._roster.serve(engine, weights.version.step)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
-from rlsys.records import RolloutGroup
+from rlsys.controller.stats import Work, balance_metrics, pace_metrics
+from rlsys.records import Rollout, RolloutGroup
+
+WINDOW_STEPS = 16  # the balance of a step is that of the last so many: one alone has too few rollouts to go by
 
 
 @dataclass(slots=True)
@@ -16,21 +20,28 @@ class Totals:
     Attributes:
         wall_s: seconds of training.
         wait_for_batch_s: of these, seconds in which the learner had nothing to train.
+        train_s: of these, seconds from a batch in hand until its weights were published.
         busy_s: of these, seconds in which an engine had something to do, on average over the engines.
         rollouts, tokens: trained; tokens are sampled ones.
+        made: rollouts fit to be trained: trained ones, and those that lay in the buffer after the last step.
+        sampled_tokens: what the engines answered with meanwhile, in rollouts that were dropped and in evaluations too.
         staleness_sum, staleness_max: over the trained rollouts, steps.
         evals: results of the evaluations before and after.
     """
 
     wall_s: float = 0.0
     wait_for_batch_s: float = 0.0
+    train_s: float = 0.0
     busy_s: float = 0.0
     rollouts: int = 0
     tokens: int = 0
+    made: int = 0
+    sampled_tokens: int = 0
     staleness_sum: int = 0
     staleness_max: int = 0
     evals: dict[str, float] = field(default_factory=dict)
     _opened: tuple[float, float] | None = None  # clock and busy seconds when the present stretch began
+    _marks: deque[Work] = field(default_factory=lambda: deque(maxlen=WINDOW_STEPS))  # sums after the last steps
 
     @classmethod
     def resumed(cls, saved: Mapping[str, Any]) -> Self:
@@ -43,9 +54,16 @@ class Totals:
         self.staleness_sum += sum(ages)
         self.staleness_max = max(self.staleness_max, *ages)
 
+    def sample(self, rollout: Rollout) -> None:
+        """An engine has ended this one. Outside of a stretch of training nothing is counted."""
+        if self._opened is not None:
+            self.sampled_tokens += rollout.num_sampled_tokens
+
     def open(self, now: float, busy_s: float) -> None:
         """A stretch of training begins. ``now``: seconds of the handed-in clock."""
         self._opened = (now, busy_s)
+        self._marks.clear()
+        self._marks.append(self._work(now, busy_s))
 
     def close(self, now: float, busy_s: float) -> None:
         """It ends."""
@@ -56,7 +74,7 @@ class Totals:
         """Plain values for a checkpoint, the present stretch included."""
         wall_s, busy_s = self._times(now, busy_s)
         plain = asdict(replace(self, wall_s=wall_s, busy_s=busy_s))
-        del plain["_opened"]
+        del plain["_opened"], plain["_marks"]
         return plain
 
     def summary(self, now: float, busy_s: float) -> dict[str, float]:
@@ -74,6 +92,42 @@ class Totals:
             "staleness/max": self.staleness_max,
             "staleness/mean": self.staleness_sum / max(self.rollouts, 1),
         }
+
+    def step_balance(
+        self, now: float, busy_s: float, *, buffered: int, rollout_cores: float, trainer_cores: float
+    ) -> dict[str, float]:
+        """After a step is booked: rates of both sides in the last ``WINDOW_STEPS`` steps of this stretch, what they
+        came to together, and how much of the time each was idle.
+
+        Args:
+            buffered: rollouts that lie in the buffer or are leased for a later step.
+            rollout_cores, trainer_cores: what each side has, as for ``balance_metrics``.
+        """
+        self.made = self.rollouts + buffered
+        present = self._work(now, busy_s)
+        recent = present.since(self._marks[0])
+        self._marks.append(present)
+        return {
+            **balance_metrics(recent, rollout_cores=rollout_cores, trainer_cores=trainer_cores),
+            **pace_metrics(recent),
+        }
+
+    def run_balance(self, now: float, busy_s: float, *, rollout_cores: float, trainer_cores: float) -> dict[str, float]:
+        """The same rates over the whole run."""
+        return balance_metrics(self._work(now, busy_s), rollout_cores=rollout_cores, trainer_cores=trainer_cores)
+
+    def _work(self, now: float, busy_s: float) -> Work:
+        wall_s, busy_s = self._times(now, busy_s)
+        return Work(
+            wall_s=wall_s,
+            wait_s=self.wait_for_batch_s,
+            train_s=self.train_s,
+            busy_s=busy_s,
+            made=self.made,
+            trained=self.rollouts,
+            sampled_tokens=self.sampled_tokens,
+            trained_tokens=self.tokens,
+        )
 
     def _times(self, now: float, busy_s: float) -> tuple[float, float]:
         if self._opened is None:

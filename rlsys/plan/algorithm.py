@@ -119,13 +119,6 @@ def check_groups(config: Config) -> None:
             wanted="groups of at least two rollouts",
             remedy=f"raise rollout.group_size, or choose an advantage that needs no group: {free}",
         )
-    if Need.GREEDY_ROLLOUT in needs_of(config) and config.rollout.group_size == config.rollout.slots:
-        raise ConfigError(
-            f"rollout.group_size={config.rollout.group_size}",
-            got=f"and a greedy rollout, on an engine of {config.rollout.slots} slots",
-            wanted="a group that fits on one engine with its greedy rollout",
-            remedy="raise rollout.slots or lower rollout.group_size",
-        )
     for place, row in enumerate(config.algo.shaping or ()):
         if row.params.get("buffer", 0) > config.rollout.max_tokens:
             raise ConfigError(

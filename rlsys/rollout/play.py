@@ -1,5 +1,7 @@
-"""One group: the same prompt played ``group_size`` times through an environment, on one engine; and once more greedily,
-where the reward of the greedy answer is to be the baseline.
+"""One rollout: a prompt played through an environment, on one engine from its first turn to its last.
+
+A group is the same prompt played ``group_size`` times; and once more greedily, where the reward of the greedy answer is
+to be the baseline. The controller puts it together (``controller/gather.py``).
 
 Tokens in, tokens out: what was sampled is never tokenised again. A further turn's context is everything so far plus the
 tokens of the environment's messages.
@@ -9,9 +11,8 @@ Legend of dimension suffixes: T tokens of one rollout.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from os.path import commonprefix
 from typing import Any
@@ -27,7 +28,6 @@ from rlsys.records import (
     Message,
     Prompt,
     Rollout,
-    RolloutGroup,
     StopReason,
     Turn,
 )
@@ -37,6 +37,7 @@ from rlsys.rollout.engine import Engine, GenerateRequest
 Tokenizer = Any  # a tokenizer of transformers; its type would import torch
 
 GREEDY = "greedy"  # in place of a member's index
+OPENINGS_KEPT = 256  # the groups that came last; a member that comes later is rendered again
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,57 +63,105 @@ class PlaySpec:
         """Rollouts that are played, the greedy one included."""
         return self.group_size + self.greedy_baseline
 
+    @property
+    def members(self) -> tuple[Member, ...]:
+        names = tuple(map(str, range(self.group_size))) + (GREEDY,) * self.greedy_baseline
+        return tuple(Member(name=name) for name in names)
 
-async def play_group(
-    prompt: Prompt,
-    spec: PlaySpec,
-    *,
-    engine: Engine,
-    engine_name: str,
-    make_env: Callable[[], Env],
-    tokenizer: Tokenizer,
-    clock: Clock,
-) -> RolloutGroup:
-    """Play every member at once. A member whose request the engine refused, or that holds no sampled token, comes back
-    in ``dropped``.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """Which rollout of a group.
+
+    Attributes:
+        name: its index, or ``GREEDY``.
+        retry: how often it was lost with its engine before.
+
+    Example:
+        >>> Member(name="2").rollout_id("sums:0:3#0")
+        'sums:0:3#0/2'
+    """
+
+    name: str
+    retry: int = 0
+
+    def rollout_id(self, group_id: str) -> str:
+        return f"{group_id}/{self.name}"
+
+    def seed(self, base: int, group_id: str) -> int:
+        """A retry has a seed of its own: whatever became of the first try, it is not played over again."""
+        rollout_id = self.rollout_id(group_id)
+        return rollout_seed(base, f"{rollout_id}~{self.retry}" if self.retry else rollout_id)
+
+
+class Player:
+    """Plays rollouts on one engine, any number at once.
 
     Args:
         engine_name: written into the rollouts.
-        make_env: a fresh environment for each member.
+        make_env: a fresh environment for each rollout.
         tokenizer: renders the conversation (its chat template, where it has one) and decodes the answers.
-
-    Raises:
-        EngineLost: the engine is gone, and the whole group with it.
     """
 
-    opening_of = _Openings(tokenizer)
+    def __init__(
+        self, engine: Engine, engine_name: str, *, make_env: Callable[[], Env], tokenizer: Tokenizer, clock: Clock
+    ) -> None:
+        self._engine, self._engine_name = engine, engine_name
+        self._make_env, self._tokenizer, self._clock = make_env, tokenizer, clock
+        self._openings: dict[str, tuple[Sequence[Message] | str, list[int]]] = {}
 
-    async def play(member: int | str, spec: PlaySpec) -> Rollout | DroppedRollout:
-        rollout_id = f"{prompt.group_id}/{member}"
-        rows = _Rows(rollout_id=rollout_id, seed=rollout_seed(spec.seed, rollout_id))
-        started = clock.now()
+    async def play_rollout(self, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
+        """A rollout whose request the engine refused, or that holds no sampled token, comes back as dropped.
+
+        Raises:
+            EngineLost: the engine is gone, and the rollout with it.
+        """
+        rollout_id = member.rollout_id(prompt.group_id)
+        rows = _Rows(rollout_id=rollout_id, seed=member.seed(spec.seed, prompt.group_id))
+        started = self._clock.now()
         try:
-            await _converse(prompt, rows, engine, make_env(), tokenizer, opening_of, spec)
+            await self._converse(prompt, rows, spec, 0.0 if member.name == GREEDY else spec.temperature)
         except RequestRefused as error:
             return DroppedRollout(rollout_id=rollout_id, cause=DropCause.ENGINE_REFUSED, detail=str(error))
         if not any(rows.loss_mask):
             return DroppedRollout(rollout_id=rollout_id, cause=DropCause.EMPTY)
-        return rows.rollout(engine_name, clock.now() - started)
+        return rows.rollout(self._engine_name, self._clock.now() - started)
 
-    tasks = [asyncio.create_task(play(member, spec)) for member in range(spec.group_size)]
-    if spec.greedy_baseline:
-        tasks.append(asyncio.create_task(play(GREEDY, replace(spec, temperature=0.0))))
-    try:
-        members = await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)  # until their requests are off the engine
-    return RolloutGroup(
-        prompt=prompt,
-        rollouts=tuple(member for member in members if isinstance(member, Rollout)),
-        dropped=tuple(member for member in members if isinstance(member, DroppedRollout)),
-    )
+    async def _converse(self, prompt: Prompt, rows: _Rows, spec: PlaySpec, temperature: float) -> None:
+        """Fill ``rows`` turn by turn until the environment, or a turn that was cut at its token limit, ends it."""
+        env = self._make_env()
+        rows.add_context(self._opening_tokens(prompt.group_id, env.reset(prompt)))
+        rows.num_prompt_tokens = len(rows.token_ids)
+        while True:
+            turn = await self._engine.generate(
+                GenerateRequest(
+                    request_id=f"{rows.rollout_id}:{rows.num_turns}",
+                    token_ids=list(rows.token_ids),
+                    max_tokens=spec.max_tokens,
+                    temperature=temperature,
+                    seed=(rows.seed + rows.num_turns) % (1 << 63),
+                )
+            )
+            rows.add_turn(turn)
+            rows.completion = self._tokenizer.decode(turn.token_ids_T.tolist(), skip_special_tokens=True)
+            messages = await env.step(rows.completion)
+            if turn.stop_reason is StopReason.LENGTH:  # an answer without an end cannot be followed by another message
+                return
+            if messages is None:
+                if rows.num_turns > 1:
+                    rows.stop_reason = StopReason.ENV
+                return
+            rows.add_context(following_tokens(self._tokenizer, messages, last_token=rows.token_ids[-1]))
+
+    def _opening_tokens(self, group_id: str, opening: Sequence[Message] | str) -> list[int]:
+        """Rendered once for all members of a group that begin alike."""
+        kept = self._openings.get(group_id)
+        if kept is None or kept[0] != opening:
+            kept = (opening, opening_tokens(self._tokenizer, opening))
+            self._openings[group_id] = kept
+            if len(self._openings) > OPENINGS_KEPT:
+                del self._openings[next(iter(self._openings))]
+        return kept[1]
 
 
 def greedy_id(group_id: str) -> str:
@@ -165,19 +214,6 @@ def following_tokens(tokenizer: Tokenizer, messages: Sequence[Message], *, last_
     return token_ids[token_ids.index(last_token) + 1 :] if last_token in token_ids else token_ids
 
 
-class _Openings:
-    """Renders an opening once for all members that begin alike."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._last: tuple[Sequence[Message] | str, list[int]] | None = None
-
-    def tokens(self, opening: Sequence[Message] | str) -> list[int]:
-        if self._last is None or self._last[0] != opening:
-            self._last = (opening, opening_tokens(self._tokenizer, opening))
-        return self._last[1]
-
-
 @dataclass(slots=True)
 class _Rows:
     """A rollout under way: everything so far, one entry per token."""
@@ -220,37 +256,3 @@ class _Rows:
             engine=engine_name,
             seconds=seconds,
         )
-
-
-async def _converse(
-    prompt: Prompt,
-    rows: _Rows,
-    engine: Engine,
-    env: Env,
-    tokenizer: Tokenizer,
-    opening_of: _Openings,
-    spec: PlaySpec,
-) -> None:
-    """Fill ``rows`` turn by turn until the environment, or a turn that was cut at its token limit, ends it."""
-    rows.add_context(opening_of.tokens(env.reset(prompt)))
-    rows.num_prompt_tokens = len(rows.token_ids)
-    while True:
-        turn = await engine.generate(
-            GenerateRequest(
-                request_id=f"{rows.rollout_id}:{rows.num_turns}",
-                token_ids=list(rows.token_ids),
-                max_tokens=spec.max_tokens,
-                temperature=spec.temperature,
-                seed=(rows.seed + rows.num_turns) % (1 << 63),
-            )
-        )
-        rows.add_turn(turn)
-        rows.completion = tokenizer.decode(turn.token_ids_T.tolist(), skip_special_tokens=True)
-        messages = await env.step(rows.completion)
-        if turn.stop_reason is StopReason.LENGTH:  # an answer without an end cannot be followed by another message
-            return
-        if messages is None:
-            if rows.num_turns > 1:
-                rows.stop_reason = StopReason.ENV
-            return
-        rows.add_context(following_tokens(tokenizer, messages, last_token=rows.token_ids[-1]))

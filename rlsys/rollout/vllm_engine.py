@@ -1,7 +1,8 @@
 """The real engine: vLLM's ``AsyncLLM`` behind the five methods of ``Engine``.
 
 A weight swap, in order (``load_weights``): verify the bytes while generation goes on; pause at a token boundary; load;
-resume; probe; hand out. What finishes between resume and proof is held back until the proof, or lost with it.
+resume; probe; hand out. What finishes between resume and proof is held back until the proof, or lost with it. Requests
+in flight go on with their KV computed again (``recompute``) or as it is (``keep``), or end before it (``drain``).
 """
 
 from __future__ import annotations
@@ -84,17 +85,20 @@ class VllmEngine:
         async with self._loading:
             llm = self._process.alive()
             started = perf_counter()
+            is_whole = True
             try:
                 async with self._deadline(f"weights {weights.version}"):
                     # before the pause, and off the event loop: generation goes on while the bytes are read
                     await asyncio.to_thread(_verify, weights)
-                    paused = perf_counter()
+                    is_whole = False
+                    paused = await self._pause(llm)
                     await self._swap(llm, weights)
                     # the probe is queued before the engine goes on, so that it is in the first batch
                     answers, resumed = await asyncio.gather(self._answer_probe(llm, weights), _resume(llm))
                     difference = await self._prove(weights, answers)
+                    is_whole = True
             finally:
-                if not self._proven.is_set():  # broken off on the way: the model is torn, or paused, or unproven
+                if not is_whole:  # broken off on the way: the engine is paused, its model torn or unproven
                     await self._process.lose(f"the swap to version {weights.version} did not reach its proof")
             return LoadReport(
                 engine=self._name,
@@ -108,9 +112,16 @@ class VllmEngine:
         """Shut the engine's processes down. Whatever is still in flight raises EngineLost."""
         await self._process.stop()
 
-    async def _swap(self, llm: AsyncLLM, weights: WeightVersion) -> None:
+    async def _pause(self, llm: AsyncLLM) -> float:
+        """Returns when generation stood still, as ``perf_counter`` tells it. What ends until then was sampled by the
+        proven version, and is handed out."""
+        asked = perf_counter()
+        mode = "wait" if self._settings.update_mode == "drain" else "keep"
+        await llm.pause_generation(mode=mode, clear_cache=self._settings.update_mode != "keep")
         self._proven.clear()
-        await llm.pause_generation(mode="keep", clear_cache=True)
+        return perf_counter() if mode == "wait" else asked
+
+    async def _swap(self, llm: AsyncLLM, weights: WeightVersion) -> None:
         await llm.start_weight_update()
         await llm.update_weights(WeightTransferUpdateRequest(update_info=update_info(weights.segment, weights.tensors)))
         await llm.finish_weight_update(weight_version=str(weights.version))

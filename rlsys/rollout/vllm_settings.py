@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rlsys.errors import ConfigError
 from rlsys.weights.probe import NUM_SEQUENCES, NUM_TOKENS
@@ -15,6 +15,7 @@ from rlsys.weights.probe import NUM_SEQUENCES, NUM_TOKENS
 PLUGIN = "rlsys.weights.vllm_plugin.WorkerExtension"
 
 # engine arguments that follow from other keys or carry the engine contract, and where they come from
+UpdateMode = Literal["recompute", "keep", "drain"]
 _CONTRACT = "part of how rlsys drives an engine; it cannot be changed"
 OWNED_ARGUMENTS = {
     "model": "model.path",
@@ -56,6 +57,7 @@ class VllmSettings:
         start_timeout_s: deadline for the engine to come up, seconds.
         timeout_s: deadline of one request and of one weight swap, seconds.
         vllm: further engine arguments, passed through (config key ``rollout.vllm``).
+        update_mode: how requests in flight go on under new weights (config key ``rollout.update_mode``).
         worker_extension: class whose import registers the transfer engine in the worker process.
 
     Raises:
@@ -75,6 +77,7 @@ class VllmSettings:
     start_timeout_s: float
     timeout_s: float
     vllm: Mapping[str, Any] = field(default_factory=dict)
+    update_mode: UpdateMode = "recompute"
     worker_extension: str = PLUGIN
 
     def __post_init__(self) -> None:
@@ -84,7 +87,7 @@ class VllmSettings:
         """Keywords of vLLM's ``AsyncEngineArgs``, but for the weight transfer config, which is a vLLM object."""
         defaults: dict[str, Any] = {
             "enforce_eager": on_cpu,  # on CPU compiling takes over a minute and gains nothing
-            "disable_log_stats": True,
+            "disable_log_stats": False,  # the router goes by them
         }
         owned: dict[str, Any] = {
             "model": self.model,
@@ -101,6 +104,8 @@ class VllmSettings:
             # is prefilled again, more than fits into one batch.
             "enable_chunked_prefill": not on_cpu,
         }
+        if self.update_mode == "keep":
+            owned["enable_prefix_caching"] = False  # what stays in it is of the old weights, and new requests would hit
         return {**defaults, **self.vllm, **owned}
 
 

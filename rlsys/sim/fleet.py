@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,12 +14,24 @@ from rlsys.envs.single_turn import SingleTurn
 from rlsys.prompts.question import Question
 from rlsys.prompts.source import LoadedData, PromptSource
 from rlsys.prompts.split import Split
-from rlsys.records import LoadReport, Probe, Prompt, RolloutGroup, StepReport, Version, WeightVersion
+from rlsys.records import (
+    DroppedRollout,
+    LoadReport,
+    Probe,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    StepReport,
+    Version,
+    WeightVersion,
+)
 from rlsys.rollout.clock import Clock
 from rlsys.rollout.engine import Engine
-from rlsys.rollout.play import PlaySpec, play_group
+from rlsys.rollout.play import Member, Player, PlaySpec
+from rlsys.rollout.router import EngineReport
 
 VOCAB_SIZE = 128  # the characters of ASCII
+CACHE_BLOCK_TOKENS = 4  # as long as most of the questions
 
 
 class CharTokenizer:
@@ -33,25 +48,42 @@ class CharTokenizer:
 
 
 class SimFleet:
-    """Engines in this process."""
+    """Engines in this process.
 
-    def __init__(self, engines: Mapping[str, Engine], clock: Clock) -> None:
+    Args:
+        cached_rollouts: how many rollouts the key-value cache of an engine holds; what comes beyond them waits inside.
+            None: any number.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], clock: Clock, cached_rollouts: int | None = None) -> None:
         self.engines = dict(engines)
-        self._clock = clock
-        self._tokenizer = CharTokenizer()
+        tokenizer = CharTokenizer()
+        self._players = {
+            name: Player(engine, name, make_env=SingleTurn, tokenizer=tokenizer, clock=clock)
+            for name, engine in engines.items()
+        }
+        self._cached = cached_rollouts or sys.maxsize
+        self._caches = {name: asyncio.Semaphore(self._cached) for name in engines}
+        self._running = Counter[str]()
 
     def names(self) -> Sequence[str]:
         return tuple(self.engines)
 
-    async def play(self, engine: str, prompt: Prompt, spec: PlaySpec) -> RolloutGroup:
-        return await play_group(
-            prompt,
-            spec,
-            engine=self.engines[engine],
-            engine_name=engine,
-            make_env=SingleTurn,
-            tokenizer=self._tokenizer,
-            clock=self._clock,
+    async def play(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
+        self._running[engine] += 1
+        try:
+            async with self._caches[engine]:
+                return await self._players[engine].play_rollout(prompt, member, spec)
+        finally:
+            self._running[engine] -= 1
+
+    async def report(self, engine: str) -> EngineReport:
+        running = self._running[engine]
+        return EngineReport(
+            cache_block_tokens=CACHE_BLOCK_TOKENS,
+            num_waiting=max(0, running - self._cached),
+            kv_share=min(1.0, running / self._cached),
+            num_preempted=0,
         )
 
     async def load(self, engine: str, weights: WeightVersion) -> LoadReport:

@@ -27,6 +27,7 @@ class World:
     """What is simulated. Times in (virtual) seconds.
 
     Attributes:
+        cached_rollouts: how many rollouts the cache of an engine holds, whatever its slots; None means all.
         crashes: engine index to the moment at which it dies.
         shaping: rows of SHAPINGS, parameters bound.
         selection: names and rows of SELECTIONS, parameters bound.
@@ -39,6 +40,7 @@ class World:
     max_staleness: int = 1
     age_policy: str = "drop"
     slots: int = 16
+    cached_rollouts: int | None = None
     num_questions: int = 40
     num_eval: int = 8
     eval_every_steps: int = 3
@@ -116,7 +118,8 @@ def simulate(
         sink = RecordingSink(disk)
         state = disk.resume()
         engines = [_engine(world, index, clock) for index in range(world.replicas)]
-        fleet = SimFleet({f"rollout-{index}": engine for index, engine in enumerate(engines)}, clock)
+        named = {f"rollout-{index}": engine for index, engine in enumerate(engines)}
+        fleet = SimFleet(named, clock, world.cached_rollouts)
         learner = SimLearner(clock, state.version, step_s=world.step_s, export_s=world.export_s)
         parts = Parts(
             source=sim_source(world.num_questions, world.num_eval, world.seed),
@@ -169,6 +172,9 @@ def _plan(world: World) -> Plan:
         age_policy=world.age_policy,
         slots=world.slots,
         min_compared=2,
+        max_retries=3,
+        update_share=1.0,
+        recomputes=True,
         spec=PlaySpec(
             group_size=world.group_size,
             temperature=1.0,
@@ -186,4 +192,6 @@ def _plan(world: World) -> Plan:
         score_timeout_s=world.score_timeout_s,
         step_timeout_s=60.0,
         stall_s=world.stall_s,
+        engine_cores=1.0,
+        trainer_cores=1.0,
     )

@@ -54,6 +54,12 @@ class SegmentPool:
         self._readable.add(name)
         self._newest = name
 
+    def abandon(self, name: str) -> None:
+        """The acquired segment was not written to its end: it is free, and holds nothing."""
+        if name not in self._writing:
+            raise ValueError(f"segment {name} was not acquired")
+        self._writing.remove(name)
+
     def add_reader(self, name: str) -> None:
         """Somebody starts to read. Raises ValueError where the segment holds no published version (any more)."""
         if name not in self._readable:

@@ -17,7 +17,7 @@ import xxhash
 
 from rlsys.errors import WeightsRefused
 from rlsys.records import TensorEntry
-from rlsys.weights.owner import is_process_alive
+from rlsys.weights.owner import is_process_alive, remove_with_owner
 
 SHM_FOLDER = Path("/dev/shm")
 ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register
@@ -31,6 +31,19 @@ def segment_path(run: str, name: str, *, folder: Path = SHM_FOLDER, pid: int | N
     run left behind can be found."""
     parts = (_PREFIX, run, str(os.getpid() if pid is None else pid), name)
     return folder / _SEPARATOR.join(parts)
+
+
+def own_segments(run: str, label: str, num: int) -> list[str]:
+    """Paths of ``num`` segments of this process, not yet made: they go when it ends, however. What dead runs left on
+    this machine goes now.
+
+    Args:
+        label: tells them from other segments of the run.
+    """
+    remove_stale_segments()
+    paths = [segment_path(run, f"{label}-{number}") for number in range(num)]
+    remove_with_owner(paths, os.getpid())
+    return [str(path) for path in paths]
 
 
 def stale_segments(folder: Path = SHM_FOLDER) -> tuple[Path, ...]:

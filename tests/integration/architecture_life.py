@@ -33,7 +33,7 @@ from rlsys.batch.tensors import RankBatch
 from rlsys.config.schema import TrainSection
 from rlsys.envs.single_turn import SingleTurn
 from rlsys.records import Draw, LoadReport, Probe, Prompt, Rollout, RolloutGroup, Version, WeightVersion
-from rlsys.rollout.play import PlaySpec, play_group
+from rlsys.rollout.play import Player, PlaySpec
 from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
 from rlsys.weights.owner import end_with_owner
 from rlsys.weights.probe import probe_sequences
@@ -215,20 +215,13 @@ async def _play(engine: Any, tokenizer: Any, step: int) -> list[RolloutGroup]:
     prompts = [
         Prompt(draw=Draw(source="test", index=index, epoch=0), content=content) for index, content in enumerate(PROMPTS)
     ]
-    return await asyncio.gather(
-        *(
-            play_group(
-                prompt,
-                spec,
-                engine=engine,
-                engine_name="rollout-0",
-                make_env=SingleTurn,
-                tokenizer=tokenizer,
-                clock=_WallClock(),
-            )
-            for prompt in prompts
-        )
-    )
+    player = Player(engine, "rollout-0", make_env=SingleTurn, tokenizer=tokenizer, clock=_WallClock())
+
+    async def play(prompt: Prompt) -> RolloutGroup:
+        ended = await asyncio.gather(*(player.play_rollout(prompt, member, spec) for member in spec.members))
+        return RolloutGroup(prompt=prompt, rollouts=tuple(one for one in ended if isinstance(one, Rollout)))
+
+    return list(await asyncio.gather(*map(play, prompts)))
 
 
 class _WallClock:

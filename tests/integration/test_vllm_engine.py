@@ -9,155 +9,46 @@ import asyncio
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rlsys.errors import EngineLost, RequestRefused, WeightsRefused
-from rlsys.records import Probe, StopReason, Turn, Version, WeightVersion
+from rlsys.records import StopReason, Turn
 from rlsys.rollout.engine import GenerateRequest
-from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
-from rlsys.weights.probe import probe_sequences
-from rlsys.weights.segment import SegmentWriter, segment_path
 from tests.engine_contract import check_engine_contract
-from tests.integration.tied_head_sabotage import MARKER_VARIABLE
+from tests.integration.serving import (
+    END,
+    ENDING_STEP,
+    PROMPT,
+    VOCAB,
+    Bench,
+    WallClock,
+    logprobs_of,
+    model_of,
+    running,
+    serving_folder,
+)
 
 pytestmark = pytest.mark.engines
 
-VOCAB = 256
-END = 0
-ENDING_STEP = 10  # the model of this step ends its answers soon, the others as good as never
 NUM_LONG = 560  # tokens of a request that lives through a swap
-PROMPT = [17, 4, 99, 230, 8]
-
-
-class WallClock:
-    def now(self) -> float:
-        return perf_counter()
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
-
-def _model(step: int) -> Qwen2ForCausalLM:
-    """A random tied model; another one for every step, far from flat (logits of some units)."""
-    torch.manual_seed(step)
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,  # head dimension 32: the smallest that vLLM's CPU attention takes
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        initializer_range=0.15,
-        bos_token_id=None,
-        eos_token_id=END,
-    )
-    model = Qwen2ForCausalLM(config).eval()
-    with torch.no_grad():
-        # Dimension 0 of the residual stream is a constant that no layer writes to, so that the end token's embedding
-        # there sets how likely the end is, whatever came before.
-        embedding = model.get_input_embeddings().weight
-        embedding[:, 0] = 2.0
-        embedding[END, 0] = 10.0 if step == ENDING_STEP else -2.0
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight[0] = 0.0
-            layer.mlp.down_proj.weight[0] = 0.0
-    return model
-
-
-def _logprobs(model: Qwen2ForCausalLM, token_ids: list[int], temperature: float = 1.0) -> np.ndarray:
-    """Log-probability of each token under the tokens before it, float32 [T]; 0 for the first."""
-    with torch.no_grad():
-        logits = model(torch.tensor([token_ids])).logits[0, :-1].float() / temperature
-    chosen = torch.log_softmax(logits, -1).gather(-1, torch.tensor(token_ids[1:])[:, None])[:, 0]
-    return np.concatenate([[0.0], chosen.numpy()]).astype(np.float32)
-
-
-def _weights(step: int, *, path: Path, previous: int | None) -> WeightVersion:
-    """Publish the model of ``step`` into the segment ``path``."""
-    model, tokens = _model(step), probe_sequences(VOCAB, seed=1)
-
-    def probe(of: Qwen2ForCausalLM) -> Probe:
-        return Probe(token_ids=tokens, logprobs=tuple(_logprobs(of, sequence.tolist()) for sequence in tokens))
-
-    writer = SegmentWriter(path, torch.float32)
-    for name, parameter in model.named_parameters():  # a tied head is no parameter of its own
-        writer.write(name, parameter)
-    return WeightVersion(
-        version=Version(incarnation=0, step=step),
-        segment=str(path),
-        tensors=writer.finish(),
-        probe=probe(model),
-        previous_probe=None if previous is None else probe(_model(previous)),
-    )
-
-
-@dataclass
-class Bench:
-    """The running engine, the event loop that it lives in, and the folder of its segments."""
-
-    engine: object
-    run: Callable
-    folder: Path
-    marker: Path
-
-    def weights(self, step: int, previous: int | None = None) -> WeightVersion:
-        return _weights(step, path=segment_path("test", f"{step}", folder=self.folder), previous=previous)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Iterator[Path]:
-    """Holds the model, the segments and the marker; the environment is the engines' own meanwhile."""
-    folder = tmp_path_factory.mktemp("engine")
-    _model(0).save_pretrained(folder / "model")
-    words = {f"w{index}": index for index in range(VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0").save_pretrained(folder / "model")
-    before = dict(os.environ)
-    os.environ.update(engine_environment(cpus=1, gpus=0) | {MARKER_VARIABLE: str(folder / "skip-repack")})
-    yield folder
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@contextmanager
-def _running(name: str, folder: Path, timeout_s: float) -> Iterator[Bench]:
-    from rlsys.rollout.vllm_engine import VllmEngine  # reads the environment when it is imported
-
-    settings = VllmSettings(
-        model=str(folder / "model"),
-        dtype="float32",
-        max_model_len=640,
-        slots=256,
-        seed=0,
-        start_timeout_s=300,
-        timeout_s=timeout_s,
-        worker_extension="tests.integration.tied_head_sabotage.WorkerExtension",
-    )
-    engine = VllmEngine(name, settings)
-    with asyncio.Runner() as runner:
-        try:
-            runner.run(engine.start())
-            yield Bench(engine=engine, run=runner.run, folder=folder, marker=folder / "skip-repack")
-        finally:
-            runner.run(engine.stop())
+    with serving_folder(tmp_path_factory.mktemp("engine")) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
 def bench(folder) -> Iterator[Bench]:
-    with _running("rollout-0", folder, timeout_s=120) as bench:
+    with running("rollout-0", folder, timeout_s=120) as bench:
         yield bench
 
 
@@ -167,7 +58,7 @@ def _request(name: str, max_tokens: int = 32, *, temperature: float = 1.0, seed:
 
 def _difference(turn: Turn, step: int, temperature: float = 1.0) -> np.ndarray:
     """Absolute difference to transformers under the model of ``step``, per sampled token."""
-    reference = _logprobs(_model(step), PROMPT + turn.token_ids_T.tolist(), temperature)[len(PROMPT) :]
+    reference = logprobs_of(model_of(step), PROMPT + turn.token_ids_T.tolist(), temperature)[len(PROMPT) :]
     return np.abs(turn.behaviour_logprobs_T - reference)
 
 
@@ -287,7 +178,7 @@ def test_a_tied_head_that_was_not_packed_again_is_caught_and_the_engine_serves_n
 
 def test_an_engine_that_hangs_is_lost_within_the_deadline(folder):
     others = multiprocessing.active_children()
-    with _running("rollout-1", folder, timeout_s=2) as bench:
+    with running("rollout-1", folder, timeout_s=2) as bench:
         (process,) = [child for child in multiprocessing.active_children() if child not in others]
         bench.run(bench.engine.load_weights(bench.weights(1)))
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rlsys.algo.selection import overlong, roc, zero_variance
 from rlsys.algo.shaping import overlong_penalty
 from rlsys.buffer.staleness import staleness_of
+from rlsys.controller.ledger import Stage
 from rlsys.controller.loops import Loops
 from rlsys.errors import FleetLost
 from rlsys.sim.fleet import SimFleet
@@ -26,7 +27,8 @@ worlds = st.builds(
     group_size=st.integers(2, 4),
     max_staleness=st.integers(0, 3),
     age_policy=st.sampled_from(["drop", "mask"]),
-    slots=st.integers(5, 12),
+    slots=st.integers(1, 12),
+    cached_rollouts=st.none() | st.integers(4, 8),
     num_eval=st.just(2),
     eval_every_steps=st.integers(0, 3),
     seed=st.integers(0, 1000),
@@ -41,14 +43,27 @@ worlds = st.builds(
 )
 
 
-def check_at_every_publication(loops: Loops, fleet: SimFleet) -> None:
-    publish = loops.sync.publish
+def check_at_every_moment(loops: Loops, fleet: SimFleet) -> None:
+    """Law 1 whenever a rollout changes its stage, and as the buffer counts it at every publication; law 5 likewise."""
+    publish, move, move_group = loops.sync.publish, loops.ledger.move, loops.ledger.move_group
 
     async def checked(version):
         loops.ledger.check(await loops.parts.buffer.counts())
         return await publish(version)
 
+    def moved(rollout_id, stage):
+        move(rollout_id, stage)
+        loops.ledger.check()
+        loops.ledger.check_draws(loops.parts.source.counts())
+        assert loops.ledger.counts()[Stage.RUNNING] <= len(fleet.engines) * loops.plan.slots
+
+    def group_moved(group, stage):
+        move_group(group, stage)
+        loops.ledger.check()
+
     loops.sync.publish = checked  # type: ignore[method-assign]
+    loops.ledger.move = moved  # type: ignore[method-assign]
+    loops.ledger.move_group = group_moved  # type: ignore[method-assign]
     score_by_chance(50)(loops, fleet)
 
 
@@ -58,7 +73,7 @@ def test_whatever_the_world_every_rollout_is_trained_once_or_dropped_by_name(wor
     crashes = {index: moment_s for index, moment_s in world.crashes.items() if index < world.replicas}
     world = World(**{name: getattr(world, name) for name in World.__slots__} | {"crashes": crashes})
     try:
-        report = simulate(world, check_at_every_publication)
+        report = simulate(world, check_at_every_moment)
     except FleetLost:
         assert len(crashes) == world.replicas
         return

@@ -140,6 +140,9 @@ def run_system(rank: LearnerRank) -> tuple[OwnLearner, Loops]:
         age_policy="drop",
         slots=PROMPTS * GROUP,
         min_compared=2,
+        max_retries=3,
+        update_share=1.0,
+        recomputes=True,
         spec=PlaySpec(group_size=GROUP, temperature=1.0, max_tokens=NUM_TOKENS, seed=SEED),
         checkpoint_every_steps=0,
         eval_every_steps=0,
@@ -151,6 +154,8 @@ def run_system(rank: LearnerRank) -> tuple[OwnLearner, Loops]:
         score_timeout_s=60.0,
         step_timeout_s=60.0,
         stall_s=120.0,
+        engine_cores=1.0,
+        trainer_cores=1.0,
     )
     parts = Parts(
         source=FixedSource(),

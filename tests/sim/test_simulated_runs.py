@@ -11,6 +11,7 @@ import pytest
 from rlsys.buffer.staleness import staleness_of
 from rlsys.errors import Diverged, FleetLost, LawBroken, TooManyDrops, WaitTimeout
 from rlsys.records import DropCause
+from rlsys.rollout.play import Member
 from rlsys.sim.world import SimReport, World, simulate
 
 
@@ -49,17 +50,19 @@ def test_asynchronous_runs_overlap_and_so_end_sooner():
     assert overlapped["wall_s"] < 0.75 * synchronous["wall_s"]
 
 
-def test_an_engine_that_crashes_costs_its_rollouts_and_nothing_else():
+def test_an_engine_that_crashes_costs_time_and_no_rollout():
     world = World(steps=12, num_questions=48, tokens_per_s=3.0, crashes={1: 5.0})
     report = simulate(world)
     check_laws(report, world)
-    lost = report.loops.ledger.dropped
-    assert 0 < lost[DropCause.ENGINE_LOST] <= world.slots
-    assert set(lost) <= {DropCause.ENGINE_LOST, DropCause.TOO_STALE}  # what is asked again late may meet a newer policy
+    assert 0 < report.summary["rollouts_retried"] <= world.slots
+    assert set(report.loops.ledger.dropped) <= {DropCause.TOO_STALE}  # what is played late may meet a newer policy
     assert report.loops.roster.names == ("rollout-0",)
-    # what was lost was asked again: no draw is missing among the first ones
-    trained = {group.prompt.draw.index for _, groups in report.trained for group in groups}
-    assert trained == set(range(world.steps * world.prompts_per_batch))
+    # every member was played again inside its group: no group is smaller, no draw is missing among the first ones
+    trained = [group for _, groups in report.trained for group in groups]
+    if not report.loops.ledger.dropped:
+        assert {len(group.rollouts) for group in trained} == {world.group_size}
+        assert {group.prompt.attempt for group in trained} == {0}
+    assert {group.prompt.draw.index for group in trained} == set(range(world.steps * world.prompts_per_batch))
     assert any("rollout-1 is out of service" in event for event in report.sink.events)
 
 
@@ -99,16 +102,29 @@ def test_slow_rollouts_that_grow_too_old_are_dropped_and_asked_again(age_policy)
 
 def test_a_rollout_that_vanishes_breaks_law_one_and_stops_the_run():
     def lose_one(loops, fleet):
+        score = loops.parts.scorer.score
+
+        async def forgetful(group):
+            scored = await score(group)
+            return replace(scored, rollouts=scored.rollouts[1:]) if group.prompt.draw.source == "sim" else scored
+
+        loops.parts.scorer.score = forgetful
+
+    with pytest.raises(LawBroken, match="arrived with 3 rollouts, the ledger has 4"):
+        simulate(World(), lose_one)
+
+
+def test_a_rollout_that_comes_back_in_place_of_another_breaks_law_one_and_stops_the_run():
+    def mix_up(loops, fleet):
         play = fleet.play
 
-        async def forgetful(engine, prompt, spec):
-            group = await play(engine, prompt, spec)
-            return replace(group, rollouts=group.rollouts[1:]) if prompt.draw.source == "sim" else group
+        async def another(engine, prompt, member, spec):
+            return await play(engine, prompt, Member(name="0") if prompt.draw.source == "sim" else member, spec)
 
-        fleet.play = forgetful
+        fleet.play = another
 
-    with pytest.raises(LawBroken):
-        simulate(World(), lose_one)
+    with pytest.raises(LawBroken, match="#0/1 was to be played and sim:.*#0/0 came back"):
+        simulate(World(), mix_up)
 
 
 def test_the_same_world_gives_the_same_run():

@@ -185,8 +185,6 @@ CONFIG_ROWS = [
         "allow_uncorrected", words=("rollout.max_staleness=2", "algo.correction={name: none}")),
     Row("more optimizer steps than rollouts", "train.steps_per_batch=17", "16 rollouts", "at least 17",
         "lower train.steps_per_batch", words=("train.steps_per_batch=17",)),
-    Row("a group that fits on no engine", "rollout.group_size=4", "3 rollouts", "fits on one engine",
-        "raise rollout.slots", words=("rollout.slots=3",)),
     Row("pass@k of fewer samples", "eval.pass_at", "k = 4", "1 to eval.samples", "raise eval.samples",
         words=("eval.samples=2",)),
     Row("an unknown loss", "algo.loss.name", "'ppo_clop'", "ppo_clip", "did you mean ppo_clip?",

@@ -1,4 +1,4 @@
-"""Playing a group: token-aligned rows, nothing sampled is tokenised again, members fail alone, a lost engine all."""
+"""Playing a rollout: token-aligned rows, nothing sampled is tokenised again, each fails alone, a lost engine all."""
 
 from __future__ import annotations
 
@@ -11,8 +11,28 @@ from transformers import PreTrainedTokenizerFast
 
 from rlsys.envs.single_turn import SingleTurn
 from rlsys.errors import EngineLost
-from rlsys.records import NOT_SAMPLED, Draw, DropCause, Probe, Prompt, RolloutGroup, StopReason, Version, WeightVersion
-from rlsys.rollout.play import PlaySpec, following_tokens, greedy_id, opening_tokens, play_group, rollout_seed
+from rlsys.records import (
+    NOT_SAMPLED,
+    Draw,
+    DropCause,
+    DroppedRollout,
+    Probe,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    StopReason,
+    Version,
+    WeightVersion,
+)
+from rlsys.rollout.play import (
+    Member,
+    Player,
+    PlaySpec,
+    following_tokens,
+    greedy_id,
+    opening_tokens,
+    rollout_seed,
+)
 from rlsys.rollout.sim_engine import SimEngine
 from rlsys.sim.clock import VirtualClock
 
@@ -54,14 +74,13 @@ def _play(answer, *, env=SingleTurn, tokenizer=None, max_tokens=8, greedy_baseli
         await engine.load_weights(
             WeightVersion(version=version, segment="s", tensors=(), probe=probe, previous_probe=None)
         )
-        return await play_group(
-            PROMPT,
-            PlaySpec(group_size=2, temperature=1.0, max_tokens=max_tokens, seed=11, greedy_baseline=greedy_baseline),
-            engine=engine,
-            engine_name="sim-0",
-            make_env=env,
-            tokenizer=tokenizer or _tokenizer(),
-            clock=clock,
+        player = Player(engine, "sim-0", make_env=env, tokenizer=tokenizer or _tokenizer(), clock=clock)
+        spec = PlaySpec(group_size=2, temperature=1.0, max_tokens=max_tokens, seed=11, greedy_baseline=greedy_baseline)
+        ended = await asyncio.gather(*(player.play_rollout(PROMPT, member, spec) for member in spec.members))
+        return RolloutGroup(
+            prompt=PROMPT,
+            rollouts=tuple(one for one in ended if isinstance(one, Rollout)),
+            dropped=tuple(one for one in ended if isinstance(one, DroppedRollout)),
         )
 
     clock = VirtualClock()
@@ -176,27 +195,18 @@ def test_a_context_too_long_for_another_turn_drops_the_member_by_cause():
     assert "prompt of 14 tokens, context of 14" in group.dropped[0].detail
 
 
-def test_a_lost_engine_loses_the_whole_group():
+def test_a_lost_engine_loses_every_rollout_on_it():
     async def play() -> None:
         await engine.load_weights(weights)
-
-        async def crash() -> None:
-            await clock.sleep(0.5)
-            engine.crash()
-
-        crashing = asyncio.create_task(crash())
-        with pytest.raises(EngineLost, match="it crashed"):
-            await play_group(
-                PROMPT,
-                PlaySpec(group_size=3, temperature=1.0, max_tokens=8, seed=0),
-                engine=engine,
-                engine_name="sim-0",
-                make_env=SingleTurn,
-                tokenizer=_tokenizer(),
-                clock=clock,
-            )
+        player = Player(engine, "sim-0", make_env=SingleTurn, tokenizer=_tokenizer(), clock=clock)
+        spec = PlaySpec(group_size=3, temperature=1.0, max_tokens=8, seed=0)
+        playing = [asyncio.create_task(player.play_rollout(PROMPT, member, spec)) for member in spec.members]
+        await clock.sleep(0.5)
+        engine.crash()
+        for rollout in playing:
+            with pytest.raises(EngineLost, match="it crashed"):
+                await rollout
         assert clock.now() == pytest.approx(0.04 + 0.5)
-        await crashing
 
     clock = VirtualClock()
     engine = SimEngine("sim-0", clock, lambda request, version: [THREE] * 8, tokens_per_s=10.0)
@@ -205,6 +215,33 @@ def test_a_lost_engine_loses_the_whole_group():
         version=Version(incarnation=0, step=1), segment="s", tensors=(), probe=probe, previous_probe=None
     )
     clock.run(play())
+
+
+def test_an_opening_is_rendered_once_for_a_group_and_anew_for_a_member_that_begins_otherwise():
+    rendered = []
+
+    class Numbered(AskAgain):
+        numbers = iter([1, 1, 1, 2])
+
+        def reset(self, prompt: Prompt):
+            return "one " * next(self.numbers)
+
+    tokenizer = _tokenizer()
+    apply = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda messages, **options: (
+        (rendered.append(messages[0]["content"]) if options["tokenize"] else None) or apply(messages, **options)
+    )
+    group = _play(lambda request, version: [MORE] * 8, env=Numbered, tokenizer=tokenizer, max_tokens=1)
+    assert [rollout.num_prompt_tokens for rollout in group.rollouts] == [5, 5]
+    assert rendered == ["one "]
+    _play(lambda request, version: [MORE] * 8, env=Numbered, tokenizer=tokenizer, max_tokens=1)
+    assert rendered == ["one ", "one ", "one one "]
+
+
+def test_a_retry_keeps_its_name_and_has_a_seed_of_its_own():
+    seeds = {Member(name="1", retry=retry).seed(11, "t:0:0#0") for retry in range(4)}
+    assert len(seeds) == 4 and rollout_seed(11, "t:0:0#0/1") in seeds  # the first try's is that of the rollout id
+    assert Member(name="1", retry=3).rollout_id("t:0:0#0") == "t:0:0#0/1"
 
 
 def test_seeds_are_the_same_in_every_process_and_differ_by_member():

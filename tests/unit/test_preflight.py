@@ -53,12 +53,6 @@ def test_a_batch_holds_a_rollout_for_every_step_and_rank():
     assert error.what == "train.steps_per_batch=3" and "4 rollouts" in error.got and "6" in error.wanted
 
 
-def test_a_group_fits_on_one_engine():
-    checks.check_group_fits_an_engine(config_of("rollout.group_size=4", "rollout.slots=4"))
-    error = refused(checks.check_group_fits_an_engine, config_of("rollout.group_size=5", "rollout.slots=4"))
-    assert error.what == "rollout.group_size=5"
-
-
 @pytest.mark.parametrize("pass_at", ["[1, 5]", "[0]"])
 def test_pass_at_k_needs_k_samples(pass_at):
     checks.check_pass_at(config_of("eval.samples=0", f"eval.pass_at={pass_at}"))

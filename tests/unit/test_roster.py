@@ -1,46 +1,82 @@
 import asyncio
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rlsys.controller.roster import Roster
+from rlsys.controller.roster import Place, Roster
 from rlsys.errors import FleetLost
+from rlsys.rollout.router import EngineReport
 from rlsys.sim.clock import VirtualClock
 
 
-def new_roster(clock: VirtualClock, **steps: int) -> Roster:
-    roster = Roster(list(steps), slots=4, clock=clock)
+def new_roster(clock: VirtualClock, *, slots: int = 4, **steps: int) -> Roster:
+    roster = Roster(list(steps), slots=slots, clock=clock)
     for name, step in steps.items():
         roster.serve(name, step)
     return roster
 
 
-async def ask(roster: Roster, num_rollouts: int, min_step: int = 0) -> asyncio.Task[str]:
-    task = asyncio.create_task(roster.acquire(num_rollouts, min_step))
+async def ask(roster: Roster, place: Place, number: int = 1) -> list[asyncio.Task[str]]:
+    tasks = [asyncio.create_task(roster.acquire(place)) for _ in range(number)]
     await asyncio.sleep(0)
-    return task
+    return tasks
 
 
-def test_slots_are_handed_out_in_order_and_a_small_request_does_not_overtake_a_large_one():
+def done(tasks: list[asyncio.Task[str]]) -> int:
+    return sum(task.done() for task in tasks)
+
+
+async def settle() -> None:
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+def test_every_released_slot_is_handed_out_at_once_to_the_oldest_group():
     clock = VirtualClock()
 
     async def scenario():
         roster = new_roster(clock, a=0)
-        first, large, small = await ask(roster, 3), await ask(roster, 4), await ask(roster, 1)
-        assert await first == "a" and not large.done() and not small.done()
-        roster.release("a", 3)
-        assert await large == "a" and not small.done()
-        roster.release("a", 4)
-        assert await small == "a"
+        older, younger = roster.line_up(), roster.line_up()
+        after = await ask(roster, younger, 2)  # who stands further back may have come before
+        first = await ask(roster, older, 5)
+        assert (done(first), done(after)) == (2, 2)
+        for count in ((3, 2), (4, 2), (5, 2)):
+            roster.release("a")
+            await settle()
+            assert (done(first), done(after)) == count
+        assert roster.num_running == 4
 
     clock.run(scenario())
 
 
-def test_a_slot_is_held_until_a_version_new_enough_arrives_and_others_pass_meanwhile():
+def test_no_member_of_a_younger_group_starts_before_one_of_an_older_group():
+    clock = VirtualClock()
+
+    async def scenario():
+        roster = new_roster(clock, a=0)
+        older, younger = roster.line_up(), roster.line_up()
+        first, after = await ask(roster, older, 5), await ask(roster, younger, 3)
+        assert (done(first), done(after)) == (4, 0)
+        again = await ask(roster, older)  # a member of the older group that comes late, or a second time
+        roster.release("a")
+        roster.release("a")
+        await settle()
+        assert (done(first), done(again), done(after)) == (5, 1, 0)
+        roster.release("a")
+        await settle()
+        assert done(after) == 1
+
+    clock.run(scenario())
+
+
+def test_a_place_is_held_until_a_version_new_enough_arrives_and_others_pass_meanwhile():
     clock = VirtualClock()
 
     async def scenario():
         roster = new_roster(clock, a=1, b=1)
-        newer, any_version = await ask(roster, 2, min_step=2), await ask(roster, 2)
+        (newer,) = await ask(roster, roster.line_up(min_step=2))
+        (any_version,) = await ask(roster, roster.line_up())
         assert any_version.done() and not newer.done()
         roster.serve("b", 2)
         assert await newer == "b"
@@ -48,18 +84,34 @@ def test_a_slot_is_held_until_a_version_new_enough_arrives_and_others_pass_meanw
     clock.run(scenario())
 
 
-def test_a_request_given_up_gives_its_slots_back():
+def test_who_waits_for_a_slot_lets_others_pass_to_engines_that_are_too_old_for_him_and_to_no_other():
+    clock = VirtualClock()
+
+    async def scenario():
+        roster = new_roster(clock, a=5, b=3)
+        await ask(roster, roster.line_up(min_step=5), 4)
+        (newer,) = await ask(roster, roster.line_up(min_step=5))
+        any_version = await ask(roster, roster.line_up(), 5)
+        assert not newer.done() and [task.result() for task in any_version if task.done()] == ["b"] * 4
+        roster.release("a")
+        assert await newer == "a"
+
+    clock.run(scenario())
+
+
+def test_a_request_given_up_gives_its_slot_back():
     clock = VirtualClock()
 
     async def scenario():
         roster = new_roster(clock, a=0)
-        await ask(roster, 4)
-        waiting = asyncio.create_task(roster.acquire(4))
-        await asyncio.sleep(0)
-        roster.release("a", 4)  # hands the slots to the one who waits, in the moment in which he gives up
+        await ask(roster, roster.line_up(), 4)
+        (waiting,) = await ask(roster, roster.line_up())
+        roster.release("a")  # hands the slot to the one who waits, in the moment in which he gives up
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        assert roster.num_running == 0
+        assert roster.num_running == 3
+        (parked, _) = await ask(roster, roster.line_up(), 2)
+        assert parked.done() and roster.num_running == 4
 
     clock.run(scenario())
 
@@ -69,13 +121,13 @@ def test_with_the_last_engine_gone_everybody_who_waits_is_told():
 
     async def scenario():
         roster = new_roster(clock, a=0)
-        await ask(roster, 4)
-        waiting = await ask(roster, 1)
+        await ask(roster, roster.line_up(), 4)
+        (waiting,) = await ask(roster, roster.line_up())
         roster.remove("a")
         with pytest.raises(FleetLost):
             await waiting
         with pytest.raises(FleetLost):
-            await roster.acquire(1)
+            await roster.acquire(roster.line_up())
         with pytest.raises(FleetLost):
             await roster.wait_all_serve(1)
 
@@ -87,20 +139,137 @@ def test_busy_seconds_count_the_time_with_something_to_do_averaged_over_engines(
 
     async def scenario():
         roster = new_roster(clock, a=0, b=0)
-        name = await (await ask(roster, 4))
-        await clock.sleep(2.0)
-        roster.release(name, 4)
+        place = roster.line_up()
+        first = await roster.acquire(place)
+        await clock.sleep(1.0)
+        roster.release(first)
+        second = await roster.acquire(place)  # on the same engine: both are idle, and ties go by name
+        await clock.sleep(1.0)
+        roster.release(second)
         await clock.sleep(5.0)
-        assert roster.busy_seconds() == pytest.approx(1.0)
+        assert (first, second) == ("a", "a") and roster.busy_seconds() == pytest.approx(1.0)
 
     clock.run(scenario())
 
 
-def test_a_request_that_fits_no_engine_is_refused_at_once():
+def test_a_group_stays_on_its_engine_where_its_prompt_is_found_in_the_cache():
     clock = VirtualClock()
 
     async def scenario():
-        with pytest.raises(ValueError, match="5 rollouts at once do not fit an engine of 4 slots"):
-            await new_roster(clock, a=0).acquire(5)
+        for prompt_tokens, played_on in ((200, ["a", "a", "a", "a", "b"]), (100, ["a", "b", "a", "b", "a"])):
+            roster = new_roster(clock, a=0, b=0)
+            for name in roster.names:
+                roster.observe(name, EngineReport(cache_block_tokens=128))
+            place = roster.line_up(prompt_tokens=prompt_tokens)
+            assert [await roster.acquire(place) for _ in range(5)] == played_on
+
+    clock.run(scenario())
+
+
+def filled(kv_share: float, preempted: int) -> EngineReport:
+    return EngineReport(cache_block_tokens=16, num_waiting=0, kv_share=kv_share, num_preempted=preempted)
+
+
+def test_slots_shrink_while_the_cache_overflows_and_what_runs_is_left_alone():
+    clock = VirtualClock()
+
+    async def scenario():
+        roster = new_roster(clock, a=0)
+        waiting = await ask(roster, roster.line_up(), 6)
+        roster.observe("a", filled(0.9, preempted=0))
+        roster.observe("a", filled(0.9, preempted=2))
+        assert (roster.num_slots, roster.num_running) == (3, 4)
+        roster.release("a")
+        await settle()
+        assert done(waiting) == 4, "a slot that is gone was handed out"
+        roster.release("a")
+        await settle()
+        assert done(waiting) == 5
+        roster.observe("a", filled(0.5, preempted=2))
+        await settle()
+        assert (roster.num_slots, done(waiting)) == (4, 6)
+
+    clock.run(scenario())
+
+
+def test_what_a_weight_swap_throws_out_of_the_cache_costs_no_slot():
+    clock = VirtualClock()
+
+    async def scenario():
+        roster = new_roster(clock, a=0)
+        await ask(roster, roster.line_up(), 4)
+        roster.observe("a", filled(0.9, preempted=0))
+        roster.serve("a", 1)
+        roster.observe("a", filled(0.9, preempted=4))  # vLLM counts what a swap throws out like any other
+        assert roster.num_slots == 4
+        roster.observe("a", filled(0.9, preempted=5))
+        assert roster.num_slots == 3
+
+    clock.run(scenario())
+
+
+def says(is_overfull: bool) -> EngineReport:
+    return EngineReport(cache_block_tokens=16, num_waiting=int(is_overfull), kv_share=1.0, num_preempted=0)
+
+
+acts = st.lists(
+    st.one_of(
+        st.tuples(st.just("line up"), st.integers(0, 3), st.integers(1, 4)),
+        st.tuples(st.just("release"), st.integers(0, 99), st.just(0)),
+        st.tuples(st.just("serve"), st.integers(0, 1), st.integers(0, 3)),
+        st.tuples(st.just("late"), st.integers(0, 9), st.just(0)),
+        st.tuples(st.just("give up"), st.integers(0, 99), st.just(0)),
+        st.tuples(st.just("report"), st.integers(0, 1), st.booleans()),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(acts, st.integers(1, 4))
+def test_whatever_happens_slots_are_kept_order_is_kept_and_no_slot_lies_idle_that_somebody_may_use(told, slots):
+    clock = VirtualClock()
+    names = ("a", "b")
+
+    async def scenario():
+        roster = new_roster(clock, slots=slots, a=0, b=0)
+        steps, held, waiting, places = {"a": 0, "b": 0}, [], [], []
+
+        async def settled() -> None:
+            await settle()
+            for place, task in [pair for pair in waiting if pair[1].done()]:
+                waiting.remove((place, task))
+                if not task.cancelled():
+                    held.append(task.result())
+                    assert steps[task.result()] >= place.min_step
+                    younger_started.append((place.number, task.result()))
+            for name in names:
+                assert held.count(name) <= slots
+            assert roster.num_running == len(held)
+            for place, _ in waiting:
+                for number, name in younger_started:
+                    assert number <= place.number or steps[name] < place.min_step, "an older group was overtaken"
+            for name in names:
+                free = roster._load(name).free_slots
+                assert not free or not any(steps[name] >= place.min_step for place, _ in waiting), "a slot lies idle"
+
+        for what, one, other in told:
+            younger_started: list[tuple[int, str]] = []
+            if what == "line up":
+                places.append(roster.line_up(min_step=one))
+                waiting += [(places[-1], asyncio.create_task(roster.acquire(places[-1]))) for _ in range(other)]
+            elif what == "late" and places:
+                place = places[one % len(places)]
+                waiting.append((place, asyncio.create_task(roster.acquire(place))))
+            elif what == "release" and held:
+                roster.release(held.pop(one % len(held)))
+            elif what == "serve":
+                steps[names[one]] = max(steps[names[one]], other)
+                roster.serve(names[one], steps[names[one]])
+            elif what == "give up" and waiting:
+                waiting[one % len(waiting)][1].cancel()
+            elif what == "report":
+                roster.observe(names[one], says(other))
+            await settled()
 
     clock.run(scenario())
