@@ -16,7 +16,7 @@ KEYS: Mapping[str, str] = {
     "algo.preset": "areal",
     "rollout.max_staleness": "8",
     "run.steps": "70",
-    "train.tokens_per_microbatch": "1024",  # the same step takes the learner longer, so that the engine keeps ahead
+    "train.tokens_per_microbatch": "256",  # the same step takes the learner longer, so that the engine keeps ahead
 }
 UNCORRECTED: Mapping[str, str] = {"algo.correction": "{name: none}", "algo.allow_uncorrected": "true"}
 ARMS: Mapping[str, Mapping[str, str]] = {

@@ -11,10 +11,12 @@ from rlsys.config.presets import PRESETS, resolve
 from rlsys.config.schema import Config, Row
 from rlsys.errors import ConfigError
 from rlsys.plan import algorithm, facts, references
+from rlsys.plan.engine_arguments import check_engine_arguments
 from rlsys.plan.preflight import preflight
 from rlsys.prompts.question import Question
 from rlsys.prompts.source import LoadedData, PromptSource
 from rlsys.prompts.split import Split
+from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS
 from rlsys.train.lora import check_lora
 
 
@@ -268,8 +270,9 @@ def test_a_parameter_without_default_has_to_be_given():
     [("model=m", "model.path"), ("logprobs_mode=raw_logprobs", "cannot be changed"), ("blok_size=16", "block_size")],
 )
 def test_vllm_options_that_rlsys_sets_or_vllm_does_not_know_are_refused(option, remedy):
-    references.check_vllm_options(config_of("rollout.vllm.block_size=16"))
-    error = refused(references.check_vllm_options, config_of(f"rollout.vllm.{option}"))
+    check = partial(check_engine_arguments, "rollout.vllm", owned=OWNED_ARGUMENTS)
+    check({"block_size": 16})
+    error = refused(check, config_of(f"rollout.vllm.{option}").rollout.vllm)
     assert error.what == f"rollout.vllm.{option.partition('=')[0]}" and remedy in error.remedy
 
 
