@@ -191,6 +191,20 @@ def test_every_preset_passes_the_checks_and_is_told_in_words(name):
     assert f"at the {config.algo.anchor} anchor" in text and "trained without a correction" not in text
 
 
+def test_what_does_nothing_is_told():
+    def told(*words):
+        config = resolve(config_of(*words))
+        return [line for line in facts.of_references(config, found_of(config)) if line.startswith("inactive")]
+
+    assert told("rollout.max_staleness=1") == []
+    (line,) = told("rollout.max_staleness=0")
+    assert "tis(cap=2.0), but for rounding" in line
+    (line,) = told("train.steps_per_batch=1")
+    assert "trust region never acts" in line and "REINFORCE x the correction" in line
+    (line,) = told("teacher.path=tiny", "rollout.max_staleness=1")
+    assert "the rewards and grpo" in line
+
+
 def test_dr_grpo_divides_by_the_longest_answer_allowed():
     config = resolve(config_of("algo.preset=dr_grpo", "rollout.max_tokens=77"))
     assert config.algo.aggregation == Row(name="seq_mean_token_sum_norm", max_tokens=77)
@@ -345,7 +359,8 @@ def found_of(config: Config) -> facts.Found:
 
 
 def test_the_objective_is_told_in_words():
-    config = config_of("rollout.max_tokens=4", "train.tokens_per_microbatch=25", "run.steps=5")
+    keys = ("rollout.max_tokens=4", "train.tokens_per_microbatch=25", "run.steps=5", "train.steps_per_batch=1")
+    config = config_of(*keys)
     text = "\n".join(facts.of_references(config, found_of(config)))
     assert "tis(cap=2.0) x ppo_clip(eps_low=0.2, eps_high=0.2) at the proximal anchor" in text
     assert "the loss's trust region never acts" in text and "REINFORCE x the correction" in text
