@@ -22,12 +22,10 @@ UNCORRECTED: Mapping[str, str] = {"algo.correction": "{name: none}", "algo.allow
 ARMS: Mapping[str, Mapping[str, str]] = {
     "corrected": {},
     "uncorrected": UNCORRECTED,
-    "behaviour": {**UNCORRECTED, "algo.anchor": "behaviour"},
 }
 MEANING: Mapping[str, str] = {
     "corrected": "clip at the proximal policy, weighted by proximal / behaviour (preset areal)",
     "uncorrected": "clip at the proximal policy, no weight",
-    "behaviour": "clip at the behaviour policy, no weight (plain PPO)",
 }
 TUNED_ARM, TUNED_SEED = "uncorrected", 0
 LRS = ("5e-5", "1e-4", "2e-4")
