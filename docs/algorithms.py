@@ -46,14 +46,14 @@ HEAD = """# Algorithms
 
 The objective is one sum over the tokens of a step, divided once by one count:
 
-    sum over tokens of  c (w loss + kl_coef kl - entropy_coef H)  /  count
+    sum over tokens of  c (w loss + kl_coef kl + teacher_coef D - entropy_coef H)  /  count
 
 | part | what it is | key |
 | --- | --- | --- |
 | w | correction: a weight for what another policy sampled, from k = proximal / behaviour | `algo.correction` |
 | loss | policy loss, from r = policy / anchor and the advantage A | `algo.loss`, `algo.anchor`, `algo.advantage` |
 | c, count | aggregation: what a token counts, over all microbatches and ranks | `algo.aggregation` |
-| kl, H | divergence from a reference policy, and entropy | `algo.kl`, `algo.entropy_coef` |
+| kl, D, H | divergence from a reference policy, from a teacher, and entropy | `algo.kl`, `teacher.path`, `algo.entropy_coef` |
 
 Three policies are told apart: *behaviour*, the engine when it sampled a token; *proximal*, the learner before the first
 step on the batch; *policy*, the learner now. Every part is a row of a table below, named in the configuration with its

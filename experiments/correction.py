@@ -16,18 +16,16 @@ KEYS: Mapping[str, str] = {
     "algo.preset": "areal",
     "rollout.max_staleness": "8",
     "run.steps": "70",
-    "train.tokens_per_microbatch": "1024",  # the same step takes the learner longer, so that the engine keeps ahead
+    "train.tokens_per_microbatch": "256",  # the same step takes the learner longer, so that the engine keeps ahead
 }
 UNCORRECTED: Mapping[str, str] = {"algo.correction": "{name: none}", "algo.allow_uncorrected": "true"}
 ARMS: Mapping[str, Mapping[str, str]] = {
     "corrected": {},
     "uncorrected": UNCORRECTED,
-    "behaviour": {**UNCORRECTED, "algo.anchor": "behaviour"},
 }
 MEANING: Mapping[str, str] = {
     "corrected": "clip at the proximal policy, weighted by proximal / behaviour (preset areal)",
     "uncorrected": "clip at the proximal policy, no weight",
-    "behaviour": "clip at the behaviour policy, no weight (plain PPO)",
 }
 TUNED_ARM, TUNED_SEED = "uncorrected", 0
 LRS = ("5e-5", "1e-4", "2e-4")

@@ -54,12 +54,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """The same config with ``key=value`` words laid over it. Raises ConfigError as ``load_config`` does."""
-    return _build(_tree_of(config), {}, overrides)
+    # keys that nobody set stay unset: a preset may fill them in
+    return _build(config.model_dump(mode="json", exclude_unset=True), {}, overrides)
 
 
 def dump_config(config: Config) -> str:
     """The whole tree as YAML; ``load_config`` of it gives an equal config."""
-    return yaml.safe_dump(_tree_of(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
 def config_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -69,10 +70,6 @@ def config_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[t
             yield from config_keys(field.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
-
-
-def _tree_of(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json")
 
 
 def _build(tree: dict[str, Any], origins: dict[str, str], overrides: Sequence[str]) -> Config:

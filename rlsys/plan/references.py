@@ -12,10 +12,10 @@ from rlsys.algo import POLICY_LOSSES
 from rlsys.algo.rows import facts_of
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
-from rlsys.plan import vllm_source
 from rlsys.plan.algorithm import check_rows, row_of
+from rlsys.plan.engine_arguments import check_engine_arguments
 from rlsys.plan.facts import Found
-from rlsys.plan.model_folder import check_model_folder, check_vocabulary, did_you_mean, load_tokenizer
+from rlsys.plan.model_folder import check_model_folder, check_vocabulary, load_tokenizer
 from rlsys.plan.space import is_cluster_named
 from rlsys.plan.teacher import check_teacher
 from rlsys.prompts.source import PromptSource, default_reward_path, load_questions
@@ -23,7 +23,7 @@ from rlsys.prompts.tasks import EXACT_MATCH
 from rlsys.records import Message
 from rlsys.reward.load import check_reward, load_reward
 from rlsys.rollout.play import opening_tokens
-from rlsys.rollout.vllm_settings import refuse_owned_arguments
+from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS
 from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.lora import check_lora
 
@@ -36,7 +36,7 @@ def check_references(config: Config) -> Found:
     Raises:
         ConfigError: the first thing found that cannot work.
     """
-    check_vllm_options(config)
+    check_engine_arguments("rollout.vllm", config.rollout.vllm, OWNED_ARGUMENTS)
     check_deepspeed_options(config)
     if config.train.lora is not None:
         check_lora(config.train.lora)
@@ -88,20 +88,6 @@ def check_answers(reward: str, answers: Sequence[Any]) -> None:
             wanted=f"an answer to every question, for {reward} to compare with",
             remedy="name the answers' column in data.answer_key, or a reward function of your own in reward.path",
         )
-
-
-def check_vllm_options(config: Config) -> None:
-    """The names in ``rollout.vllm`` are arguments of vLLM's engine, and none that rlsys sets itself."""
-    refuse_owned_arguments(config.rollout.vllm)
-    known = vllm_source.engine_arguments()
-    for name in config.rollout.vllm:
-        if known and name not in known:
-            raise ConfigError(
-                f"rollout.vllm.{name}",
-                got="no argument of vLLM's engine",
-                wanted="an argument of vllm's AsyncEngineArgs, with underscores",
-                remedy=did_you_mean(name, known, "remove it"),
-            )
 
 
 def check_deepspeed_options(config: Config) -> None:

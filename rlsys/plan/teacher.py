@@ -8,8 +8,8 @@ from rlsys.config.load import TINY
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
 from rlsys.models.tiny.model import make_tokenizer
-from rlsys.plan import vllm_source
-from rlsys.plan.model_folder import ModelFacts, check_model_folder, did_you_mean
+from rlsys.plan.engine_arguments import check_engine_arguments
+from rlsys.plan.model_folder import ModelFacts, check_model_folder
 from rlsys.rollout.teacher import OWNED_ARGUMENTS
 
 
@@ -25,7 +25,7 @@ def check_teacher(config: Config, student: ModelFacts, longest_prompt: int) -> N
     """
     if config.teacher.path is None:
         return
-    _check_vllm_options(config.teacher.vllm)
+    check_engine_arguments("teacher.vllm", config.teacher.vllm, OWNED_ARGUMENTS)
     teacher = _look_into_folder(config, config.teacher.path)
     check_same_tokenizer(config.model.path, config.teacher.path)
     longest = longest_prompt + config.rollout.max_tokens
@@ -98,23 +98,3 @@ def _look_into_folder(config: Config, path: str) -> ModelFacts:
         return check_model_folder(config.model_copy(update={"model": model, "rollout": rollout}), is_trained=False)
     except ConfigError as error:
         raise ConfigError("teacher.path", got=error.got, wanted=error.wanted, remedy=error.remedy) from error
-
-
-def _check_vllm_options(vllm: dict[str, Any]) -> None:
-    """The names are arguments of vLLM's engine, and none that rlsys sets itself."""
-    known = vllm_source.engine_arguments()
-    for name, value in vllm.items():
-        if name in OWNED_ARGUMENTS:
-            raise ConfigError(
-                f"teacher.vllm.{name}",
-                got=repr(value),
-                wanted="an engine argument that rlsys does not set itself",
-                remedy=f"remove it: {OWNED_ARGUMENTS[name]}",
-            )
-        if known and name not in known:
-            raise ConfigError(
-                f"teacher.vllm.{name}",
-                got="no argument of vLLM's engine",
-                wanted="an argument of vllm's AsyncEngineArgs, with underscores",
-                remedy=did_you_mean(name, known, "remove it"),
-            )

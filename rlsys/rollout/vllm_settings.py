@@ -32,15 +32,19 @@ OWNED_ARGUMENTS = {
 }
 
 
-def refuse_owned_arguments(vllm: Mapping[str, Any]) -> None:
-    """Raises ConfigError where ``rollout.vllm`` names an argument that rlsys sets itself."""
-    for key, value in vllm.items():
-        if key in OWNED_ARGUMENTS:
+def refuse_owned_arguments(vllm: Mapping[str, Any], key: str, owned: Mapping[str, str]) -> None:
+    """Raises ConfigError where ``vllm``, given under the config key ``key``, names an argument that rlsys sets itself.
+
+    Args:
+        owned: these arguments, and where they come from.
+    """
+    for name, value in vllm.items():
+        if name in owned:
             raise ConfigError(
-                f"rollout.vllm.{key}",
+                f"{key}.{name}",
                 got=repr(value),
                 wanted="an engine argument that rlsys does not set itself",
-                remedy=f"remove it: {OWNED_ARGUMENTS[key]}",
+                remedy=f"remove it: {owned[name]}",
             )
 
 
@@ -81,7 +85,7 @@ class VllmSettings:
     worker_extension: str = PLUGIN
 
     def __post_init__(self) -> None:
-        refuse_owned_arguments(self.vllm)
+        refuse_owned_arguments(self.vllm, "rollout.vllm", OWNED_ARGUMENTS)
 
     def arguments(self, *, on_cpu: bool) -> dict[str, Any]:
         """Keywords of vLLM's ``AsyncEngineArgs``, but for the weight transfer config, which is a vLLM object."""

@@ -24,24 +24,12 @@ from rlsys.batch.pack import pack
 from rlsys.batch.tensors import Microbatch, RankBatch, RankPart
 from rlsys.records import RolloutGroup, Sample, Version
 from rlsys.train.objective import Objective
-from tests.laws.learner_ranks import OBJECTIVE, TEMPERATURE, Outcome, Ranks, make_groups, make_model, section
+from tests.laws.learner_ranks import OBJECTIVE, TEMPERATURE, Outcome, make_groups, section
 
 VERSION = Version(incarnation=0, step=7)
 OLDEST_STEP = 6  # one step back: tokens of step 5 lose their weight
 EXACT = 1e-5
 SAMPLES = ("keys_S", "prompt_tokens_S", "greedy_rewards_S", "correct_S")  # one for each sample of a microbatch
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    processes = Ranks()
-    yield processes
-    processes.stop()
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ The references are plain transformers, one sequence at a time, with their own fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,25 +24,13 @@ from rlsys.records import Sample, TeacherScores, Version
 from rlsys.train.critic import CriticPlan
 from rlsys.train.objective import Divergence, Objective, Teaching
 from rlsys.train.terms import Term
-from tests.laws.learner_ranks import TEMPERATURE, VOCABULARY, Outcome, Ranks, make_groups, make_model, section
+from tests.laws.learner_ranks import TEMPERATURE, VOCABULARY, Outcome, Ranks, make_groups, section
 
 VERSION = Version(incarnation=0, step=7)
 EXACT = 1e-5
 MEASURED = {"actor/pg_loss", "actor/kl_loss", "critic/vf_loss", "critic/kl", "teacher/reverse_kl"}
 PLAIN = Objective(loss=POLICY_LOSSES["reinforce"], correction=CORRECTIONS["none"])
 LAYOUTS = ((1, 0, 4096), (1, 0, 64), (2, 2, 64), (2, 3, 150))  # ranks, ZeRO stage, token budget
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    processes = Ranks()
-    yield processes
-    processes.stop()
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

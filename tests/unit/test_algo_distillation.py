@@ -62,3 +62,11 @@ def test_what_stands_without_weight_reaches_neither_value_nor_gradient(name):
     if result.requires_grad:
         result.sum().backward()
         assert bool(policy.grad.isfinite().all()) and policy.grad[1] == 0.0
+
+
+def test_the_gradient_over_candidates_is_that_of_finite_differences():
+    torch.manual_seed(1)
+    policy = torch.randn(4, 6, dtype=torch.float64).log_softmax(1)[:, :3].requires_grad_()
+    teacher = torch.randn(4, 6, dtype=torch.float64).log_softmax(1)[:, :3]
+    mask = torch.tensor([True, True, False, True])
+    torch.autograd.gradcheck(lambda logprobs: topk_reverse_kl(logprobs, teacher, mask), (policy,))

@@ -11,10 +11,12 @@ from rlsys.config.presets import PRESETS, resolve
 from rlsys.config.schema import Config, Row
 from rlsys.errors import ConfigError
 from rlsys.plan import algorithm, facts, references
+from rlsys.plan.engine_arguments import check_engine_arguments
 from rlsys.plan.preflight import preflight
 from rlsys.prompts.question import Question
 from rlsys.prompts.source import LoadedData, PromptSource
 from rlsys.prompts.split import Split
+from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS
 from rlsys.train.lora import check_lora
 
 
@@ -183,6 +185,20 @@ def test_every_preset_passes_the_checks_and_is_told_in_words(name):
     assert f"at the {config.algo.anchor} anchor" in text and "trained without a correction" not in text
 
 
+def test_what_does_nothing_is_told():
+    def told(*words):
+        config = resolve(config_of(*words))
+        return [line for line in facts.of_references(config, found_of(config)) if line.startswith("inactive")]
+
+    assert told("rollout.max_staleness=1") == []
+    (line,) = told("rollout.max_staleness=0")
+    assert "tis(cap=2.0), but for rounding" in line
+    (line,) = told("train.steps_per_batch=1")
+    assert "trust region never acts" in line and "REINFORCE x the correction" in line
+    (line,) = told("teacher.path=tiny", "rollout.max_staleness=1")
+    assert "the rewards and grpo" in line
+
+
 def test_dr_grpo_divides_by_the_longest_answer_allowed():
     config = resolve(config_of("algo.preset=dr_grpo", "rollout.max_tokens=77"))
     assert config.algo.aggregation == Row(name="seq_mean_token_sum_norm", max_tokens=77)
@@ -262,8 +278,9 @@ def test_a_parameter_without_default_has_to_be_given():
     [("model=m", "model.path"), ("logprobs_mode=raw_logprobs", "cannot be changed"), ("blok_size=16", "block_size")],
 )
 def test_vllm_options_that_rlsys_sets_or_vllm_does_not_know_are_refused(option, remedy):
-    references.check_vllm_options(config_of("rollout.vllm.block_size=16"))
-    error = refused(references.check_vllm_options, config_of(f"rollout.vllm.{option}"))
+    check = partial(check_engine_arguments, "rollout.vllm", owned=OWNED_ARGUMENTS)
+    check({"block_size": 16})
+    error = refused(check, config_of(f"rollout.vllm.{option}").rollout.vllm)
     assert error.what == f"rollout.vllm.{option.partition('=')[0]}" and remedy in error.remedy
 
 
@@ -336,7 +353,8 @@ def found_of(config: Config) -> facts.Found:
 
 
 def test_the_objective_is_told_in_words():
-    config = config_of("rollout.max_tokens=4", "train.tokens_per_microbatch=25", "run.steps=5")
+    keys = ("rollout.max_tokens=4", "train.tokens_per_microbatch=25", "run.steps=5", "train.steps_per_batch=1")
+    config = config_of(*keys)
     text = "\n".join(facts.of_references(config, found_of(config)))
     assert "tis(cap=2.0) x ppo_clip(eps_low=0.2, eps_high=0.2) at the proximal anchor" in text
     assert "the loss's trust region never acts" in text and "REINFORCE x the correction" in text
