@@ -132,7 +132,7 @@ async def _reach_other_machines(config: Config, fleet: RayFleet, learner: RayLea
     for node in others:
         place = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
         name = f"weight mirror on {node[:8]}"
-        actor = _actor(MirrorActor, None, cpus=0, place=place)
+        actor = _actor(MirrorActor, None, cpus=0, place=place).remote()
         paths = await within(
             config.rollout.start_timeout_s, name, answer(actor.segments.remote(config.run.name), name, EngineLost)
         )

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ pytestmark = [
 NODES = {"rlsys-a": "10.77.0.1", "rlsys-b": "10.77.0.2"}
 HEAD, PORT = "rlsys-a", 6399
 RUN_TIMEOUT_S = 280
+ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled"}  # nobody else is on this network
 
 CONFIG = """
 run: {{name: two, root: {root}, steps: 4}}
@@ -38,7 +40,7 @@ REWARD = "def reward(prompt, completion, answer):\n    return float(sum(map(ord,
 
 
 def run(*words: str, timeout_s: float = 60.0, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=check)
+    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout_s, check=check)
 
 
 def inside(node: str, *words: str, **keys) -> subprocess.CompletedProcess[str]:
@@ -46,12 +48,12 @@ def inside(node: str, *words: str, **keys) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address() -> Iterator[str]:
     """A cluster of two nodes with one CPU each; yields its address."""
-    ray = str(Path(sys.executable).with_name("ray"))
     remove_nodes()
     first, second = NODES
     run("ip", "link", "add", "rlsys-va", "type", "veth", "peer", "name", "rlsys-vb")
+    started: list[subprocess.Popen[bytes]] = []
     try:
         for node, link in ((first, "rlsys-va"), (second, "rlsys-vb")):
             run("ip", "netns", "add", node)
@@ -60,16 +62,33 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             inside(node, "ip", "link", "set", link, "up")
             inside(node, "ip", "link", "set", "lo", "up")
         address = f"{NODES[HEAD]}:{PORT}"
-        limits = ("--num-cpus=1", "--object-store-memory=100000000")
-        inside(first, ray, "start", "--head", f"--node-ip-address={NODES[first]}", f"--port={PORT}", *limits,
-               "--include-dashboard=false", timeout_s=120)  # fmt: skip
-        inside(second, ray, "start", f"--address={address}", f"--node-ip-address={NODES[second]}", *limits,
-               timeout_s=120)  # fmt: skip
+        started.append(start(first, "--head", f"--port={PORT}", "--include-dashboard=false"))
+        wait_until_up(address)
+        started.append(start(second, f"--address={address}"))
         yield address
     finally:
-        for node in NODES:
-            inside(node, ray, "stop", "--force", timeout_s=60, check=False)
+        for process in started:
+            process.terminate()  # with --block it takes its own processes along, and no others
+        for process in started:
+            process.wait(30)
         remove_nodes()
+
+
+def start(node: str, *words: str) -> subprocess.Popen[bytes]:
+    ray = str(Path(sys.executable).with_name("ray"))
+    limits = ("--num-cpus=1", "--object-store-memory=100000000", f"--node-ip-address={NODES[node]}")
+    command = ["ip", "netns", "exec", node, ray, "start", "--block", *limits, *words]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_until_up(address: str, timeout_s: float = 90.0) -> None:
+    """Until the head node takes connections."""
+    host, _, port = address.partition(":")
+    ask = f"import socket; socket.create_connection(({host!r}, {port}), 1)"
+    until = time.monotonic() + timeout_s
+    while inside(HEAD, sys.executable, "-c", ask, check=False).returncode:
+        assert time.monotonic() < until, "the head node did not come up"
+        time.sleep(0.5)
 
 
 def remove_nodes() -> None:
