@@ -47,7 +47,7 @@ from rlsys.rollout.teacher import TaughtScorer, TeacherSettings, teacher_environ
 from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
 from rlsys.weights.pool import SegmentPool
 
-SPARE_CALLS = 16  # of a rollout actor, beside its groups
+SPARE_CALLS = 16  # of a rollout actor, beside its rollouts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +226,7 @@ def _rollout_actors(config: Config, inputs: Inputs, place: _Places) -> list[tupl
             gpus=rollout.gpus_per_replica,
             environment=environment,
             place=place.next(),
-            # one call per group, of one rollout in an evaluation; a weight swap must never queue behind them
+            # one call per rollout; a weight swap must never queue behind them
             max_concurrency=rollout.slots + SPARE_CALLS,
         )
         actors.append((name, actor.remote(name, settings)))
