@@ -25,7 +25,7 @@ ray: {{dashboard: false}}
 """
 
 
-def test_more_workers_than_a_machine_of_the_cluster_holds_are_refused_before_one_starts(tmp_path: Path, model: Path):
+def test_more_workers_than_the_cluster_holds_are_refused_before_one_starts(tmp_path: Path, model: Path):
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(root=tmp_path, model=model))
     command = [sys.executable, "-m", "rlsys", "train", str(config)]
@@ -36,10 +36,10 @@ def test_more_workers_than_a_machine_of_the_cluster_holds_are_refused_before_one
     )
     assert refusal is not None, ended.stderr
     what, got, wanted, remedy = refusal.groups()
-    assert what == "a machine for 300 rollout replicas and 3 learner ranks"
+    assert what == "machines for 300 rollout replicas, 3 learner ranks"
     assert re.fullmatch(r"1 in the cluster, with \d+ CPUs, \d+ GPUs", got)
-    assert wanted == "one with 601.5 CPUs and 0 GPUs"
-    assert "lower rollout.replicas or train.ranks" in remedy and "larger machine" in remedy
+    assert wanted == "601.5 CPUs and 0 GPUs, each replica and rank whole on one machine"
+    assert "lower rollout.replicas or train.ranks" in remedy and "larger cluster" in remedy
     # no actor was started and no batch trained: the same folder serves again
     log = (tmp_path / "crowded" / "log.txt").read_text()
     assert "starting the rollout engines" not in log
