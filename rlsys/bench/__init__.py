@@ -4,5 +4,4 @@ from collections.abc import Mapping
 
 BENCHES: Mapping[str, str] = {
     "objective": "time and memory of every policy loss over a million packed tokens, forward and backward",
-    "weight-sync": "carrying weights into engines: transport against a memory copy, pauses of engines under load",
 }
