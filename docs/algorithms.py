@@ -53,7 +53,7 @@ The objective is one sum over the tokens of a step, divided once by one count:
 | w | correction: a weight for what another policy sampled, from k = proximal / behaviour | `algo.correction` |
 | loss | policy loss, from r = policy / anchor and the advantage A | `algo.loss`, `algo.anchor`, `algo.advantage` |
 | c, count | aggregation: what a token counts, over all microbatches and ranks | `algo.aggregation` |
-| kl, D, H | divergence from a reference policy, from a teacher, and entropy | `algo.kl`, `teacher.path`, `algo.entropy_coef` |
+| kl, D, H | divergence from a reference, from a teacher, and entropy | `algo.kl`, `teacher.path`, `algo.entropy_coef` |
 
 Three policies are told apart: *behaviour*, the engine when it sampled a token; *proximal*, the learner before the first
 step on the batch; *policy*, the learner now. Every part is a row of a table below, named in the configuration with its

@@ -200,8 +200,8 @@ def _inactive(config: Config, rows: dict[str, str], is_ratio_loss: bool) -> list
         )
     if config.rollout.max_staleness == 0 and not rows["correction"].startswith("none("):
         lines.append(
-            f"inactive: {rows['correction']}, but for rounding; with rollout.max_staleness 0 the learner's policy is the "
-            "one that sampled"
+            f"inactive: {rows['correction']}, but for rounding; with rollout.max_staleness 0 the learner's policy is "
+            "the one that sampled"
         )
     if config.train.steps_per_batch == 1 and config.algo.anchor == "proximal" and is_ratio_loss:
         weighted = "" if rows["correction"].startswith("none(") else " x the correction"
