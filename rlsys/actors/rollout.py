@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from rlsys.actors.mailbox import Ended, Mailbox, Order, Tray
 from rlsys.actors.mirror import NodeMirror
 from rlsys.actors.remote import answer
 from rlsys.envs.single_turn import SingleTurn
@@ -31,7 +32,7 @@ class RolloutActor:
         self._name, self._settings = name, settings
         self._engine = VllmEngine(name, settings)
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        self._player = Player(self._engine, name, make_env=SingleTurn, tokenizer=tokenizer, clock=WallClock())
+        self._tray = Tray(Player(self._engine, name, make_env=SingleTurn, tokenizer=tokenizer, clock=WallClock()))
 
     def __repr__(self) -> str:
         return f"RolloutWorker({self._name})"
@@ -42,8 +43,11 @@ class RolloutActor:
     async def node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
 
-    async def play(self, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
-        return await self._player.play_rollout(prompt, member, spec)
+    async def begin(self, orders: Sequence[Order]) -> None:
+        self._tray.begin(orders)
+
+    async def ended(self) -> list[Ended]:
+        return await self._tray.ended()
 
     async def report(self) -> EngineReport:
         from rlsys.rollout.vllm_report import engine_report
@@ -62,6 +66,7 @@ class RayFleet:
 
     def __init__(self, actors: Mapping[str, Any]) -> None:
         self._actors = dict(actors)
+        self._mailboxes = {name: Mailbox(actor, name) for name, actor in actors.items()}
         self._mirrors: dict[str, NodeMirror] = {}
 
     def names(self) -> Sequence[str]:
@@ -74,9 +79,8 @@ class RayFleet:
             await answer(start, name, EngineLost)
 
     async def play(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
-        """One call per rollout: measured on async actors it costs 0.8 ms (a call per group 0.15 ms per rollout, a
-        streamed answer per group 0.6 to 1.2 ms), and an answer leaves the moment its rollout ends."""
-        return await answer(self._actor(engine).play.remote(prompt, member, spec), engine, EngineLost)
+        self._actor(engine)
+        return await self._mailboxes[engine].play(prompt, member, spec)
 
     async def report(self, engine: str) -> EngineReport:
         return await answer(self._actor(engine).report.remote(), engine, EngineLost)
@@ -98,10 +102,12 @@ class RayFleet:
             return await answer(self._actor(engine).load.remote(there), engine, EngineLost)
 
     async def remove(self, engine: str) -> None:
+        self._mailboxes.pop(engine).close()
         ray.kill(self._actors.pop(engine))
 
     async def stop(self) -> None:
         for name, actor in self._actors.items():
+            self._mailboxes[name].close()
             await answer(actor.stop.remote(), name, EngineLost)
 
     def _actor(self, engine: str) -> Any:

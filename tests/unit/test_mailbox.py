@@ -1,0 +1,116 @@
+"""The way to a rollout worker and back: nothing is lost, doubled or given to somebody else, and calls are shared."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from rlsys.actors.mailbox import Mailbox, Tray
+from rlsys.errors import EngineLost
+from rlsys.rollout.play import Member, PlaySpec
+from rlsys.sim.clock import VirtualClock
+from tests.builders import make_prompt
+
+SPEC = PlaySpec(group_size=1, temperature=1.0, max_tokens=8, seed=0)
+CALL_S = 0.01  # one way
+
+
+class Call:
+    """A remote method: takes its time to go over and back."""
+
+    def __init__(self, clock: VirtualClock, method: Callable[..., Awaitable[Any]]) -> None:
+        self._clock, self._method = clock, method
+        self.sizes: list[int] = []
+
+    def remote(self, *arguments: Any) -> Awaitable[Any]:
+        self.sizes += [len(argument) for argument in arguments]
+        return self._go(*arguments)
+
+    async def _go(self, *arguments: Any) -> Any:
+        await self._clock.sleep(CALL_S)
+        result = await self._method(*arguments)
+        await self._clock.sleep(CALL_S)
+        return result
+
+
+class Worker:
+    """Plays the member of a name in as many seconds as the name says; "lost" is lost."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        self._clock = clock
+        self._tray = Tray(self)  # type: ignore[arg-type]
+        self.begin, self.ended = Call(clock, self._begin), Call(clock, self._tray.ended)
+
+    async def _begin(self, orders: Any) -> None:
+        self._tray.begin(orders)
+
+    async def play_rollout(self, prompt: Any, member: Member, spec: PlaySpec) -> Any:
+        if member.name == "lost":
+            raise EngineLost("e0 is lost")
+        await self._clock.sleep(float(member.name))
+        return (prompt, member)
+
+
+def test_everybody_gets_his_own_rollout_whatever_order_they_end_in() -> None:
+    clock = VirtualClock()
+
+    async def main() -> None:
+        mailbox = Mailbox(Worker(clock), "e0")
+
+        async def ask(index: int) -> None:
+            for turn in range(20):
+                prompt, member = make_prompt(index), Member(name=str((index * 7 + turn * 5) % 11 * 0.004))
+                assert await mailbox.play(prompt, member, SPEC) == (prompt, member)
+                await clock.sleep(0.003 * (index % 3))
+
+        await asyncio.gather(*map(ask, range(50)))
+
+    clock.run(main())
+
+
+def test_what_is_asked_for_in_one_moment_goes_over_in_one_call() -> None:
+    clock = VirtualClock()
+
+    async def main() -> tuple[list[int], float]:
+        worker = Worker(clock)
+        mailbox = Mailbox(worker, "e0")
+        members = [Member(name=seconds) for seconds in ("0.5", "0.5", "0.5", "3.0")]
+        began = clock.now()
+        first = [asyncio.create_task(mailbox.play(make_prompt(), member, SPEC)) for member in members]
+        await asyncio.gather(*first[:3])
+        short_s = clock.now() - began
+        await first[3]
+        return worker.begin.sizes, short_s
+
+    sizes, short_s = clock.run(main())
+    assert sizes == [4]
+    assert short_s == pytest.approx(0.5 + 2 * CALL_S)  # they do not wait for the long one
+
+
+def test_a_lost_engine_ends_everything_that_is_under_way() -> None:
+    clock = VirtualClock()
+
+    async def main() -> list[Any]:
+        mailbox = Mailbox(Worker(clock), "e0")
+        members = [Member(name="9.0"), Member(name="lost"), Member(name="9.0")]
+        playing = (mailbox.play(make_prompt(), member, SPEC) for member in members)
+        return await asyncio.gather(*playing, return_exceptions=True)
+
+    assert [type(ended) for ended in clock.run(main())] == [EngineLost] * 3
+
+
+def test_a_closed_mailbox_leaves_nobody_waiting() -> None:
+    clock = VirtualClock()
+
+    async def main() -> None:
+        mailbox = Mailbox(Worker(clock), "e0")
+        waiting = asyncio.create_task(mailbox.play(make_prompt(), Member(name="100.0"), SPEC))
+        await clock.sleep(1.0)
+        mailbox.close()
+        with pytest.raises(EngineLost, match="out of service"):
+            await waiting
+
+    clock.run(main())
