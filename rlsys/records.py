@@ -78,6 +78,7 @@ class DropCause(Enum):
     """Why a rollout left without being trained."""
 
     TOO_STALE = "too_stale"  # older than rollout.max_staleness when it was to be trained
+    STOPPED = "stopped"  # still under way when the version that began it was too old for every batch to come
     ENGINE_LOST = "engine_lost"  # its engine died, hung or failed a weight probe
     ENGINE_REFUSED = "engine_refused"  # the engine refused the request (for example a prompt beyond its context)
     EMPTY = "empty"  # it holds no sampled token

@@ -27,8 +27,8 @@ class RayBuffer:
     async def put(self, group: RolloutGroup) -> None:
         await answer(self._actor.put.remote(group), "the replay buffer", RlsysError)
 
-    async def take(self, num_groups: int, step: int, wait_s: float) -> Take:
-        return await answer(self._actor.take.remote(num_groups, step, wait_s), "the replay buffer", RlsysError)
+    async def take(self, step: int, wait_s: float) -> Take:
+        return await answer(self._actor.take.remote(step, wait_s), "the replay buffer", RlsysError)
 
     async def commit(self, lease_id: int, version: Version) -> None:
         await answer(self._actor.commit.remote(lease_id, version), "the replay buffer", RlsysError)

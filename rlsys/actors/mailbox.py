@@ -28,11 +28,12 @@ class Mailbox:
         self._worker, self._engine = worker, engine
         self._next_number = 0
         self._outgoing: list[Order] = []
+        self._cancelled: list[int] = []
         self._waiting: dict[int, asyncio.Future[Rollout | DroppedRollout]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def play(self, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
-        """Raises EngineLost."""
+        """Raises EngineLost. Where it is cancelled the worker stops playing."""
         number, self._next_number = self._next_number, self._next_number + 1
         ended = self._waiting[number] = asyncio.get_running_loop().create_future()
         self._outgoing.append((number, prompt, member, spec))
@@ -40,6 +41,10 @@ class Mailbox:
         self._ensure(self._collect)
         try:
             return await ended
+        except asyncio.CancelledError:
+            self._cancelled.append(number)
+            self._ensure(self._send)
+            raise
         finally:
             self._waiting.pop(number, None)
 
@@ -55,9 +60,10 @@ class Mailbox:
             self._tasks[work.__name__] = asyncio.create_task(work())
 
     async def _send(self) -> None:
-        while self._outgoing:
+        while self._outgoing or self._cancelled:
             orders, self._outgoing = self._outgoing, []
-            await self._or_fail(self._worker.begin.remote(orders))
+            cancelled, self._cancelled = self._cancelled, []
+            await self._or_fail(self._worker.begin.remote(orders, cancelled))
 
     async def _collect(self) -> None:
         while self._waiting:
@@ -86,16 +92,18 @@ class Tray:
 
     def __init__(self, player: Player) -> None:
         self._player = player
-        self._playing: set[asyncio.Task[None]] = set()
+        self._playing: dict[int, asyncio.Task[None]] = {}
         self._ended: list[Ended] = []
         self._failure: BaseException | None = None
         self._something = asyncio.Event()
 
-    def begin(self, orders: Sequence[Order]) -> None:
+    def begin(self, orders: Sequence[Order], cancelled: Sequence[int]) -> None:
+        """Play ``orders``, and stop those of these numbers. What is stopped is not among what has ended."""
         for order in orders:
-            task = asyncio.create_task(self._play(*order))
-            self._playing.add(task)
-            task.add_done_callback(self._playing.discard)
+            self._playing[order[0]] = asyncio.create_task(self._play(*order))
+        for number in cancelled:
+            if number in self._playing:
+                self._playing.pop(number).cancel()
 
     async def ended(self) -> list[Ended]:
         """What has ended since the last call, at least one. Raises what playing raised: then the worker is of no more
@@ -113,4 +121,5 @@ class Tray:
             self._ended.append((number, rollout))
         except Exception as error:  # handed on to whoever collects
             self._failure = self._failure or error
+        self._playing.pop(number, None)
         self._something.set()

@@ -43,8 +43,8 @@ class RolloutActor:
     async def node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
 
-    async def begin(self, orders: Sequence[Order]) -> None:
-        self._tray.begin(orders)
+    async def begin(self, orders: Sequence[Order], cancelled: Sequence[int]) -> None:
+        self._tray.begin(orders, cancelled)
 
     async def ended(self) -> list[Ended]:
         return await self._tray.ended()

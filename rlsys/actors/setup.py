@@ -29,6 +29,7 @@ from rlsys.algo.rows import Need
 from rlsys.batch.build import build
 from rlsys.batch.pack import pack
 from rlsys.batch.tensors import Batch
+from rlsys.buffer.batching import BatchRule
 from rlsys.buffer.staleness import first_trained_step, lead_limit
 from rlsys.checkpoints.store import CheckpointStore
 from rlsys.config.schema import Config
@@ -86,6 +87,7 @@ async def build_run(config: Config, inputs: Inputs, sink: RunSink, start: Start,
         _actor(BufferActor, "buffer", cpus=0).remote(
             max_staleness=config.rollout.max_staleness,
             age_policy=config.rollout.age_policy,
+            batch=_batch_rule(config),
             min_compared=min_compared(config),
         )
     )
@@ -151,14 +153,17 @@ def make_plan(config: Config) -> Plan:
     )
     # at worst a group waits until the pool has scored everything else that may stand, each member once with the others
     # and once alone, with a restart after each call
-    lead = lead_limit(max_staleness=rollout.max_staleness, batch_rollouts=config.rollouts_per_batch)
+    lead = lead_limit(
+        max_staleness=rollout.max_staleness, batch_rollouts=config.rollouts_per_batch, oversample=rollout.oversample
+    )
     is_gpu = rollout.gpus_per_replica > 0 or train.gpus_per_rank > 0
     one_group_s = (spec.num_members + 1) * (2 * reward.timeout_s + GRACE_S + RESTART_TIMEOUT_S)
     return Plan(
         steps=config.run.steps,
-        prompts_per_batch=train.prompts_per_batch,
+        batch=_batch_rule(config),
         max_staleness=rollout.max_staleness,
         age_policy=rollout.age_policy,
+        oversample=rollout.oversample,
         slots=rollout.slots,
         spec=spec,
         min_compared=min_compared(config),
@@ -182,6 +187,11 @@ def make_plan(config: Config) -> Plan:
         engine_cores=rollout.gpus_per_replica if is_gpu else rollout.cpus_per_replica,
         trainer_cores=train.ranks * (train.gpus_per_rank if is_gpu else train.cpus_per_rank),
     )
+
+
+def _batch_rule(config: Config) -> BatchRule:
+    train = config.train
+    return BatchRule(by=train.batch_by, prompts=train.prompts_per_batch, tokens=train.tokens_per_batch or 0)
 
 
 def make_batch(config: Config, inputs: Inputs, incarnation: int, groups: Sequence[RolloutGroup], step: int) -> Batch:

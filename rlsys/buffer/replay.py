@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlsys.buffer.batching import BatchRule, sampled_tokens
 from rlsys.buffer.staleness import drop_stale, oldest_step
 from rlsys.errors import RlsysError
 from rlsys.records import DropCause, RolloutGroup, Version
@@ -54,15 +55,20 @@ class ReplayBuffer:
 
     Args:
         max_staleness: eta, steps.
-        age_policy: ``drop`` or ``mask``.
+        age_policy: ``drop``, ``mask`` or ``pace``.
+        batch: which groups make one.
         min_compared: rewards that a group needs; 1 where rollouts are not compared.
     """
 
-    def __init__(self, *, max_staleness: int, age_policy: str, min_compared: int = MIN_COMPARED) -> None:
+    def __init__(
+        self, *, max_staleness: int, age_policy: str, batch: BatchRule, min_compared: int = MIN_COMPARED
+    ) -> None:
         self._max_staleness = max_staleness
         self._min_compared = min_compared
         self._age_policy = age_policy
+        self._batch = batch
         self._groups: list[RolloutGroup] = []  # by the step of their oldest token, then by arrival
+        self._tokens: dict[str, int] = {}  # sampled ones of each of these
         self._leases: dict[int, Lease] = {}
         self._next_lease_id = 0
         self._trained = 0
@@ -81,10 +87,11 @@ class ReplayBuffer:
                 f"{num_compared(group)} of the group scored, at least {self._min_compared} needed"
             )
         bisect.insort(self._groups, group, key=_oldest_step)
+        self._tokens[group.group_id] = sampled_tokens(group)
         self._arrived.set()
 
-    async def take(self, num_groups: int, step: int, wait_s: float) -> Take:
-        """Lease ``num_groups`` groups that may be trained at ``step``, those sampled by the oldest policy first.
+    async def take(self, step: int, wait_s: float) -> Take:
+        """Lease a batch of groups that may be trained at ``step``, those sampled by the oldest policy first.
 
         Returns within ``wait_s`` seconds, at once when groups had to be dropped for age and too few are left.
         """
@@ -93,7 +100,8 @@ class ReplayBuffer:
             async with asyncio.timeout(wait_s):
                 while True:
                     shrunk += self._drop_stale(step)
-                    if len(self._groups) >= num_groups:
+                    num_groups = self._batch.num_ready([self._tokens[group.group_id] for group in self._groups])
+                    if num_groups:
                         return Take(lease=self._lease(num_groups), shrunk=tuple(shrunk))
                     if shrunk:
                         break
@@ -132,6 +140,8 @@ class ReplayBuffer:
     def _lease(self, num_groups: int) -> Lease:
         lease = Lease(lease_id=self._next_lease_id, groups=tuple(self._groups[:num_groups]))
         del self._groups[:num_groups]
+        for group in lease.groups:
+            del self._tokens[group.group_id]
         self._next_lease_id += 1
         self._leases[lease.lease_id] = lease
         return lease
@@ -145,8 +155,11 @@ class ReplayBuffer:
                 left = close_if_too_small(left, self._min_compared)
                 self._dropped += len(group.rollouts) - len(left.rollouts)
                 shrunk.append(left)
+                self._tokens[group.group_id] = sampled_tokens(left)
             if left.rollouts:
                 kept.append(left)
+            else:
+                del self._tokens[group.group_id]
         self._groups = kept
         return shrunk
 

@@ -51,6 +51,7 @@ def check_sections(config: Config, *, resume: bool = False) -> None:
     """
     check_staleness_is_corrected(config)
     check_batch_can_be_divided(config)
+    check_token_budget(config)
     check_pass_at(config)
     check_data_is_named_once(config)
     check_run_folder(config, resume=resume)
@@ -80,6 +81,28 @@ def check_batch_can_be_divided(config: Config) -> None:
             f"{config.train.ranks} ranks",
             wanted=f"at least {needed} rollouts a batch, one for each step and rank",
             remedy="lower train.steps_per_batch or train.ranks, or raise train.prompts_per_batch or rollout.group_size",
+        )
+
+
+def check_token_budget(config: Config) -> None:
+    train = config.train
+    has_budget = train.tokens_per_batch is not None
+    if has_budget != (train.batch_by != "prompts"):
+        raise ConfigError(
+            "train.tokens_per_batch",
+            got=f"{train.tokens_per_batch} with train.batch_by={train.batch_by}",
+            wanted="a budget of tokens where batches are made by tokens, and only there",
+            remedy="remove train.tokens_per_batch, or set train.batch_by=trained_tokens or sampled_tokens"
+            if has_budget
+            else "set train.tokens_per_batch, or train.batch_by=prompts",
+        )
+    longest = config.rollout.group_size * config.rollout.max_tokens
+    if train.tokens_per_batch is not None and train.tokens_per_batch < longest:
+        raise ConfigError(
+            "train.tokens_per_batch",
+            got=str(train.tokens_per_batch),
+            wanted=f"at least rollout.group_size x rollout.max_tokens = {longest}: the longest group must fit",
+            remedy="raise it, or lower rollout.group_size or rollout.max_tokens",
         )
 
 

@@ -120,10 +120,11 @@ def _derived(value: Any, config: Config) -> Any:
         return tuple(_derived(row, config) for row in value)
     if not isinstance(value, Row):
         return value
-    longest = config.rollout.max_tokens
+    longest, budget = config.rollout.max_tokens, config.train.tokens_per_batch
     known = {
         "max_tokens": longest,
-        "tokens": longest * config.rollouts_per_batch // config.train.steps_per_batch,  # most that a step can have
+        # most that a step can have
+        "tokens": (budget or longest * config.rollouts_per_batch) // config.train.steps_per_batch,
         "buffer": max(1, longest // OVERLONG_SHARE),
     }
     return Row(name=value.name, **{key: known[key] if given is None else given for key, given in value.params.items()})

@@ -156,8 +156,12 @@ class RolloutSection(Section):
     tokens then match neither policy), drain lets them end first, while new ones wait."""
     update_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the replicas, at least one, that take over new weights at a time; the others generate on."""
-    age_policy: Literal["drop", "mask"] = "drop"
-    """What happens to tokens older than eta: the whole rollout is dropped, or its old tokens carry no weight."""
+    age_policy: Literal["drop", "mask", "pace"] = "drop"
+    """What happens to tokens older than eta. drop: the whole rollout leaves, and is stopped as soon as that is certain;
+    mask: they carry no weight; pace: they are trained, and counted as staleness/violations."""
+    oversample: Annotated[float, Field(ge=0)] = 0.0
+    """So much of a batch more is under way than eta allows, e.g. 0.25: a batch then need not wait for its slowest
+    answers. What is too old for a batch in the end leaves by age_policy, and is asked again."""
     group_size: Annotated[int, Field(ge=1)] = 8
     """Rollouts per question."""
     max_tokens: Annotated[int, Field(ge=1)] = 256
@@ -184,7 +188,14 @@ class TrainSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
     prompts_per_batch: Annotated[int, Field(ge=1)] = 16
-    """Questions per trained batch (times rollout.group_size: rollouts)."""
+    """Questions per trained batch (times rollout.group_size: rollouts). Under a token budget: how many may be
+    unfinished (sampled_tokens), for each batch of lead (trained_tokens)."""
+    batch_by: Literal["prompts", "trained_tokens", "sampled_tokens"] = "prompts"
+    """What makes a batch: so many questions; or a budget of tokens, train.tokens_per_batch: the oldest finished groups
+    that fill it (trained_tokens, C3PO), or all that is finished once the engines have sampled it (sampled_tokens,
+    C3PO++: what is unfinished goes on under the next weights)."""
+    tokens_per_batch: Annotated[int, Field(ge=1)] | None = None
+    """That budget, sampled tokens; null where train.batch_by is prompts."""
     steps_per_batch: Annotated[int, Field(ge=1)] = 1
     """Optimizer steps per batch, on disjoint parts of it. At 1 the clip of a clipped loss never acts: presets whose
     point is a clip set 2 where the key is left out."""

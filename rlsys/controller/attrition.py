@@ -21,7 +21,9 @@ from rlsys.records import DropCause, Prompt, RolloutGroup
 from rlsys.rollout.play import greedy_id
 
 LOST_GROUPS_IN_A_ROW = 64  # groups lost whole to faults, one after another, before the run gives up
+MAX_AGED_BATCHES = 10  # so many batches' worth of groups too old, likewise
 MAX_FILTERED_BATCHES = 10  # so many batches' worth of groups filtered whole, one after another, likewise
+AGED = frozenset({DropCause.TOO_STALE, DropCause.STOPPED})
 FAULTS = frozenset({DropCause.ENGINE_REFUSED, DropCause.EMPTY})  # asking again would end the same way
 
 
@@ -49,7 +51,7 @@ class Attrition:
         if not group.rollouts:
             ask_again = not all(member.cause in FAULTS for member in group.dropped)
             why = "; ".join(sorted({f"{member.cause.value} {member.detail}".strip() for member in group.dropped}))
-            self._lose(group.prompt, why, ask_again=ask_again)
+            self._lose(group.prompt, why, ask_again=ask_again, is_aged=all(m.cause in AGED for m in group.dropped))
         return group
 
     def select(self, group: RolloutGroup) -> RolloutGroup:
@@ -63,7 +65,7 @@ class Attrition:
         self._lost_in_a_row = 0
         self._filtered_scores.append(float(np.mean([rollout.reward for rollout in group.rollouts])))
         self._filtered_by.update(member.detail for member in left.dropped if member.cause is DropCause.FILTERED)
-        if len(self._filtered_scores) > MAX_FILTERED_BATCHES * self._plan.prompts_per_batch:
+        if len(self._filtered_scores) > MAX_FILTERED_BATCHES * self._plan.batch.prompts:
             raise TooManyDrops(
                 f"{len(self._filtered_scores)} groups in a row were filtered whole by algo.selection "
                 f"({', '.join(self._filtered_by)}). Their mean score is {np.mean(self._filtered_scores):.4g}: the "
@@ -72,11 +74,12 @@ class Attrition:
         return left
 
     def arrive(self) -> None:
-        """A group reached the buffer: every row of losses ends."""
+        """A group reached the buffer: every row of losses ends. Under a budget of tokens it may leave room there."""
         self._lost_in_a_row = 0
         self._filtered_scores.clear()
         self._filtered_by.clear()
         self._num_arrived += 1
+        self._room()
 
     def drain_metrics(self) -> dict[str, float]:
         """Of the groups that were scored since the last call, the share that was filtered whole."""
@@ -100,11 +103,13 @@ class Attrition:
         if lost:
             self._room()
 
-    def _lose(self, prompt: Prompt, why: str, *, ask_again: bool) -> None:
+    def _lose(self, prompt: Prompt, why: str, *, ask_again: bool, is_aged: bool) -> None:
         if not (ask_again and self._parts.source.requeue(prompt)):
             self._ledger.given_up += 1
             self._parts.sink.event(f"question {prompt.draw} is given up after {prompt.attempt + 1} attempts: {why}")
         self._lost_in_a_row += 1
-        if self._lost_in_a_row >= LOST_GROUPS_IN_A_ROW:
+        # a step forward makes whole batches too old at once
+        most = max(LOST_GROUPS_IN_A_ROW, MAX_AGED_BATCHES * self._plan.batch.prompts if is_aged else 0)
+        if self._lost_in_a_row >= most:
             raise TooManyDrops(f"{self._lost_in_a_row} groups in a row were lost whole. The last one: {why}")
         self._room()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from rlsys.buffer.batching import sampled_tokens
 from rlsys.buffer.replay import BufferCounts
 from rlsys.controller.state import RunState
 from rlsys.errors import LawBroken
@@ -31,6 +32,7 @@ class Stage(Enum):
 class _Standing:
     prompt: Prompt
     stages: dict[str, Stage]  # of every rollout that stands, by its id
+    tokens: int | None = None  # sampled ones, once the group is finished; 0 once it is leased
 
 
 class Ledger:
@@ -57,6 +59,7 @@ class Ledger:
         self._lead = 0
         for group in state.groups:
             self.submit(group.prompt, [rollout.rollout_id for rollout in group.rollouts], Stage.BUFFERED)
+            self._standing[group.group_id].tokens = sampled_tokens(group)
 
     @property
     def lead(self) -> int:
@@ -66,6 +69,16 @@ class Ledger:
     @property
     def num_groups(self) -> int:
         return len(self._standing)
+
+    @property
+    def finished_tokens(self) -> int:
+        """Sampled tokens of the groups that wait to be leased."""
+        return sum(standing.tokens or 0 for standing in self._standing.values())
+
+    @property
+    def num_unfinished(self) -> int:
+        """Groups that are still on their way to the buffer."""
+        return sum(standing.tokens is None for standing in self._standing.values())
 
     def submit(self, prompt: Prompt, rollout_ids: Sequence[str], stage: Stage = Stage.QUEUED) -> None:
         if prompt.group_id in self._standing:
@@ -83,6 +96,8 @@ class Ledger:
         stages = self._find_group(group)
         for rollout_id in stages:
             stages[rollout_id] = stage
+        if stage in (Stage.BUFFERED, Stage.LEASED):
+            self._standing[group.group_id].tokens = sampled_tokens(group) if stage is Stage.BUFFERED else 0
 
     def drop(self, rollout_id: str, cause: DropCause) -> None:
         group_id = group_of(rollout_id)

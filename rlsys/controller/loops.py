@@ -33,20 +33,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from rlsys.buffer.replay import Lease
-from rlsys.buffer.staleness import lead_limit, may_start, min_engine_step
+from rlsys.buffer.replay import Lease, Take
+from rlsys.buffer.staleness import doomed_before
 from rlsys.controller.attrition import Attrition
 from rlsys.controller.deadline import within
 from rlsys.controller.evaluate import Evaluator
 from rlsys.controller.failures import first_failure
 from rlsys.controller.gather import Gatherer
+from rlsys.controller.lead import Lead
 from rlsys.controller.ledger import Ledger, Stage
 from rlsys.controller.parts import Parts, Scorer
 from rlsys.controller.plan import Plan
 from rlsys.controller.roster import Roster
 from rlsys.controller.saving import Saver
 from rlsys.controller.state import RunState
-from rlsys.controller.stats import batch_metrics, drop_metrics, recomputed_tokens, trained_ages
+from rlsys.controller.stats import age_metrics, batch_metrics, drop_metrics, recomputed_tokens, trained_ages
 from rlsys.controller.sync import WeightSync
 from rlsys.controller.totals import Totals
 from rlsys.controller.watch import watch_loop
@@ -96,7 +97,8 @@ class Loops:
             parts, plan, self.roster, gatherer=self.gatherer, score=partial(self._score, parts.grader)
         )
         self.saver = Saver(parts, self.ledger, self.totals, state, plan.step_timeout_s)
-        self._limit = lead_limit(max_staleness=plan.max_staleness, batch_rollouts=plan.batch_members)
+        self.lead = Lead(plan, self.ledger, state.version.step)
+        self._tokens_taken = 0  # of those that have ended, when the last batch was taken
         self._lead_fell = asyncio.Event()
         self.attrition = Attrition(parts, plan, self.ledger, self._lead_fell.set)
         self._eval_due = asyncio.Event()
@@ -144,7 +146,7 @@ class Loops:
         for task in self._background:
             task.cancel()
         self.totals.close(self.parts.clock.now(), self.roster.busy_seconds())
-        self.ledger.check(await self._buffer(self.parts.buffer.counts()), quiet=not self.stopping.is_set())
+        self.ledger.check(await self._buffer(self.parts.buffer.counts()), quiet=not self.ledger.num_groups)
 
     def _spawn(self, tasks: asyncio.TaskGroup, loop: Coroutine[Any, Any, None]) -> None:
         """Run something beside the training, until its end or that of the training."""
@@ -157,23 +159,13 @@ class Loops:
 
         consumes: questions of the source.
         waits for: room below the lead limit.
-        unblocked by: a commit, or a drop.
+        unblocked by: a commit, a drop, a finished group.
         produces: one ``group_task`` per question.
         """
         while True:
-            wanted = self.plan.steps * self.plan.prompts_per_batch - self.ledger.groups_trained - self.ledger.num_groups
-            if wanted > 0 and may_start(
-                groups_standing=self.ledger.num_groups,
-                prompts_per_batch=self.plan.prompts_per_batch,
-                max_staleness=self.plan.max_staleness,
-            ):
+            min_step = self.lead.room()
+            if min_step is not None:
                 prompt = self.parts.source.next()
-                min_step = min_engine_step(
-                    groups_trained=self.ledger.groups_trained,
-                    groups_standing=self.ledger.num_groups,
-                    prompts_per_batch=self.plan.prompts_per_batch,
-                    max_staleness=self.plan.max_staleness,
-                )
                 self.ledger.submit(prompt, [one.rollout_id(prompt.group_id) for one in self.plan.spec.members])
                 self._spawn(tasks, self.group_task(prompt, min_step))
             else:
@@ -188,7 +180,7 @@ class Loops:
         unblocked by: released slots, a proven weight version; deadlines bound each wait.
         produces: a scored group in the buffer; or drops by cause, and this question or another one asked in its place.
         """
-        group = await self.gatherer.play(prompt, self.plan.spec, min_step=min_step, move=self.ledger.move)
+        group = await self.gatherer.play(prompt, self.plan.spec, min_step=min_step, move=self.ledger.move, ages=True)
         group = self.attrition.close(group)
         if group.rollouts:
             self.ledger.move_group(group, Stage.SCORING)
@@ -212,16 +204,14 @@ class Loops:
         fetching = tasks.create_task(self._next_lease(self.version.step))
         while self.version.step < self.plan.steps:
             began, step = clock.now(), self.version.step
-            lease = await self._fetched(fetching)
-            if lease is None:
+            if (lease := await self._fetched(fetching)) is None:
                 break
             waited_s = clock.now() - began
             if step + 1 < self.plan.steps:
                 fetching = tasks.create_task(self._next_lease(step + 1))
-            batch = self.parts.make_batch(lease.groups, step)
+            training = self.parts.learner.step(self.parts.make_batch(lease.groups, step))
             built_s = clock.now() - began - waited_s
-            who = f"the learner to train step {step}"
-            report = await within(self.plan.step_timeout_s, who, self.parts.learner.step(batch))
+            report = await within(self.plan.step_timeout_s, f"the learner to train step {step}", training)
             self.version = report.version
             trained_s = clock.now() - began - waited_s - built_s
             await self._publish()
@@ -275,8 +265,7 @@ class Loops:
                 {
                     **{f"buffer/{stage.value}": count for stage, count in self.ledger.counts().items()},
                     **drop_metrics(self.ledger.dropped),
-                    "buffer/lead": self.ledger.lead,
-                    "buffer/lead_limit": self._limit,
+                    **self.lead.gauges(),
                     "rollout/running": self.roster.num_running,
                     "rollout/slots": self.roster.num_slots,
                     "rollout/engines": len(self.roster.names),
@@ -288,14 +277,15 @@ class Loops:
     # --- one datum's steps -------------------------------------------------------------------------------------------
 
     async def _score(self, scorer: Scorer, group: RolloutGroup) -> RolloutGroup:
-        who = f"the rewards of {group.group_id}"
-        return await within(self.plan.score_timeout_s, who, scorer.score(group))
+        return await within(self.plan.score_timeout_s, f"the rewards of {group.group_id}", scorer.score(group))
 
     async def _next_lease(self, step: int) -> Lease:
         """Wait for the batch to be trained at ``step``; what is too old by then leaves by name and is asked again."""
+        plan = self.plan
+        self.gatherer.stop_older(doomed_before(step=step, max_staleness=plan.max_staleness, age_policy=plan.age_policy))
         quiet_since, seen = self.parts.clock.now(), self._progress_mark()
         while True:
-            take = await self._buffer(self.parts.buffer.take(self.plan.prompts_per_batch, step, TAKE_WAIT_S))
+            take = await self._take(step)
             for group in take.shrunk:
                 self.attrition.close(group)
             if take.lease is not None:
@@ -306,6 +296,17 @@ class Loops:
                 quiet_since, seen = self.parts.clock.now(), self._progress_mark()
             elif self.parts.clock.now() - quiet_since > self.plan.stall_s:
                 raise WaitTimeout(f"rollouts ({self.ledger.describe()}; {self.roster.describe()})", self.plan.stall_s)
+
+    async def _take(self, step: int) -> Take:
+        batch = self.plan.batch  # a budget of sampled tokens is to be spent first
+        is_spent = batch.by != "sampled_tokens" or self.ledger.finished_tokens >= batch.tokens
+        if not (is_spent or await self.gatherer.has_ended(self._tokens_taken + batch.tokens, TAKE_WAIT_S)):
+            return Take(lease=None, shrunk=())
+        take = await self._buffer(self.parts.buffer.take(step, TAKE_WAIT_S))
+        if take.lease is not None:
+            self._tokens_taken = self.gatherer.tokens_ended
+            self.lead.leased()
+        return take
 
     async def _fetched(self, fetching: asyncio.Task[Lease]) -> Lease | None:
         """None at a stop. The learner stands still here, so that a publication that was put off can be made up for."""
@@ -337,12 +338,14 @@ class Loops:
         """The leased groups are trained: ledger, law 1, metrics."""
         for group in lease.groups:
             self.ledger.train(group)
+        self.lead.trained(self.version.step)
         self.parts.sink.commit(self.version, [str(group.prompt.draw) for group in lease.groups])
         self._lead_fell.set()
         self.ledger.check(await self._buffer(self.parts.buffer.counts()))
         self.ledger.check_draws(self.parts.source.counts())
         ages = trained_ages(lease.groups, step, self.plan)
-        metrics = {**timing, **batch_metrics(lease.groups, ages), **drop_metrics(self.ledger.dropped)}
+        metrics = {**timing, **batch_metrics(lease.groups, ages), **age_metrics(lease.groups, ages, step, self.plan)}
+        metrics |= drop_metrics(self.ledger.dropped)
         metrics |= {"weights/recomputed_tokens": recomputed_tokens(lease.groups)} if self.plan.recomputes else {}
         self.totals.book(lease.groups, ages)
         self.totals.wait_for_batch_s += timing["timing_s/wait_for_batch"]

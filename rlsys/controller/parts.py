@@ -32,7 +32,8 @@ class Fleet(Protocol):
     def names(self) -> Sequence[str]: ...
 
     async def play(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
-        """One rollout, all its turns on this engine. Raises EngineLost; one that is refused comes back as dropped."""
+        """One rollout, all its turns on this engine. Raises EngineLost; one that is refused comes back as dropped. The
+        engine stops playing it where the call is cancelled."""
         ...
 
     async def report(self, engine: str) -> EngineReport:
@@ -57,8 +58,8 @@ class Scorer(Protocol):
 class Buffer(Protocol):
     async def put(self, group: RolloutGroup) -> None: ...
 
-    async def take(self, num_groups: int, step: int, wait_s: float) -> Take:
-        """Lease the ``num_groups`` oldest groups fit to be trained at ``step``; waits ``wait_s`` seconds at most."""
+    async def take(self, step: int, wait_s: float) -> Take:
+        """Lease a batch of the oldest groups fit to be trained at ``step``; waits ``wait_s`` seconds at most."""
         ...
 
     async def commit(self, lease_id: int, version: Version) -> None: ...

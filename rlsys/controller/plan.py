@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlsys.buffer.batching import BatchRule
 from rlsys.rollout.play import PlaySpec
 
 
@@ -13,7 +14,8 @@ class Plan:
 
     Attributes:
         steps: batches to train.
-        prompts_per_batch, max_staleness, age_policy, slots: as in the config.
+        batch: which groups make one.
+        max_staleness, age_policy, oversample, slots: as in the config.
         spec: sampling in training.
         min_compared: rewards that a group needs so that its rollouts can learn.
         checkpoint_every_steps: 0 means after the last step and at a stop only.
@@ -30,9 +32,10 @@ class Plan:
     """
 
     steps: int
-    prompts_per_batch: int
+    batch: BatchRule
     max_staleness: int
     age_policy: str
+    oversample: float
     slots: int
     spec: PlaySpec
     min_compared: int
@@ -55,4 +58,4 @@ class Plan:
     @property
     def batch_members(self) -> int:
         """Rollouts that are played for a batch, greedy ones included."""
-        return self.prompts_per_batch * self.spec.num_members
+        return self.batch.prompts * self.spec.num_members

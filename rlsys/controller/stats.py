@@ -10,7 +10,7 @@ import numpy as np
 from rlsys.buffer.staleness import first_trained_step, staleness_of
 from rlsys.controller.plan import Plan
 from rlsys.errors import LawBroken
-from rlsys.records import NOT_SAMPLED, DropCause, RolloutGroup, StopReason
+from rlsys.records import NOT_SAMPLED, DropCause, RolloutGroup, StopReason, steps_of
 
 
 def batch_metrics(groups: Sequence[RolloutGroup], ages: Sequence[int]) -> dict[str, float]:
@@ -160,11 +160,28 @@ def _mean(values: Sequence[float]) -> float:
 def trained_ages(groups: Sequence[RolloutGroup], step: int, plan: Plan) -> list[int]:
     """Staleness of every rollout that is trained at ``step``, counted over what carries weight.
 
-    Raises LawBroken where one is older than allowed (law 2).
+    Raises LawBroken where one is older than allowed (law 2); under ``pace`` age is not bounded.
     """
     eta = plan.max_staleness
     not_before = first_trained_step(step=step, max_staleness=eta, age_policy=plan.age_policy)
     ages = staleness_of(groups, step, not_before)
-    if max(ages) > eta or min(ages) < 0:
+    if (max(ages) > eta and plan.age_policy != "pace") or min(ages) < 0:
         raise LawBroken(f"trained at step {step} with staleness {min(ages)} to {max(ages)}, allowed is 0 to {eta}")
     return ages
+
+
+def age_metrics(groups: Sequence[RolloutGroup], ages: Sequence[int], step: int, plan: Plan) -> dict[str, float]:
+    """What the age policy let pass, or cut: ``staleness/violations``, rollouts that are trained older than allowed
+    (``pace``), and ``staleness/masked_tokens``, sampled tokens that carry no weight for their age (``mask``)."""
+    match plan.age_policy:
+        case "pace":
+            return {"staleness/violations": float(sum(age > plan.max_staleness for age in ages))}
+        case "mask":
+            not_before = first_trained_step(step=step, max_staleness=plan.max_staleness, age_policy=plan.age_policy)
+            sampled = [
+                steps_of(rollout.versions_T)[rollout.loss_mask_T] for group in groups for rollout in group.rollouts
+            ]
+            return {
+                "staleness/masked_tokens": float(sum(np.count_nonzero(steps_T < not_before) for steps_T in sampled))
+            }
+    return {}

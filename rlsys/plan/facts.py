@@ -33,7 +33,11 @@ class Found:
 
 def lead_bound(config: Config) -> int:
     """Most rollouts that may stand between their admission and the commit of their batch."""
-    return lead_limit(max_staleness=config.rollout.max_staleness, batch_rollouts=config.rollouts_per_batch)
+    return lead_limit(
+        max_staleness=config.rollout.max_staleness,
+        batch_rollouts=config.rollouts_per_batch,
+        oversample=config.rollout.oversample,
+    )
 
 
 def of_run(config: Config) -> list[str]:
@@ -76,7 +80,19 @@ def of_space(config: Config, space: Space) -> str:
 
 
 def _batches(config: Config) -> str:
-    batch = config.rollouts_per_batch
+    batch, train = config.rollouts_per_batch, config.train
+    match train.batch_by:
+        case "trained_tokens":
+            return (
+                f"a batch: the oldest finished groups of {config.rollout.group_size} rollouts that fill "
+                f"{train.tokens_per_batch:,} sampled tokens; {config.run.steps} batches"
+            )
+        case "sampled_tokens":
+            return (
+                f"a batch: all groups of {config.rollout.group_size} rollouts that are finished once "
+                f"{train.tokens_per_batch:,} tokens were sampled; {config.run.steps} batches; at most "
+                f"{train.prompts_per_batch * (1 + config.rollout.oversample):g} groups are unfinished at a time"
+            )
     return (
         f"a batch: {config.train.prompts_per_batch} questions x {config.rollout.group_size} rollouts = {batch:,} "
         f"rollouts; {config.run.steps} batches: {batch * config.run.steps:,} rollouts trained"
@@ -85,7 +101,15 @@ def _batches(config: Config) -> str:
 
 def _staleness(config: Config) -> str:
     eta = config.rollout.max_staleness
-    lead = f"lead: at most ({eta} + 1) x {config.rollouts_per_batch:,} = {lead_bound(config):,} rollouts on their way"
+    more = f" + {config.rollout.oversample:g}" if config.rollout.oversample else ""
+    lead = (
+        f"lead: at most ({eta} + 1{more}) x {config.rollouts_per_batch:,} = {lead_bound(config):,} rollouts on their "
+        "way"
+        if config.train.batch_by == "prompts"
+        else f"lead: at most {eta} + 1 batches finished"
+    )
+    if config.rollout.age_policy == "pace":
+        return f"{lead}; age: only the lead bounds it; older tokens are trained, and counted as staleness/violations"
     if eta == 0:
         return f"{lead}; synchronous: every token is sampled by the policy that it trains"
     old = (

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlsys.buffer.batching import BatchBy, BatchRule
 from rlsys.buffer.replay import ReplayBuffer
 from rlsys.controller.loops import Loops
 from rlsys.controller.parts import Parts
@@ -39,6 +40,9 @@ class World:
     group_size: int = 4
     max_staleness: int = 1
     age_policy: str = "drop"
+    oversample: float = 0.0
+    batch_by: BatchBy = "prompts"
+    tokens_per_batch: int = 0
     slots: int = 16
     cached_rollouts: int | None = None
     num_questions: int = 40
@@ -127,7 +131,9 @@ def simulate(
             scorer=SimScorer(clock, world.score_s),
             grader=SimScorer(clock, world.score_s),
             select=_selector(world),
-            buffer=ReplayBuffer(max_staleness=world.max_staleness, age_policy=world.age_policy),
+            buffer=ReplayBuffer(
+                max_staleness=world.max_staleness, age_policy=world.age_policy, batch=_batch_rule(world)
+            ),
             learner=learner,
             checkpoints=SimCheckpoints(clock, disk, world.save_s),
             make_batch=lambda groups, step: (step, tuple(groups)),
@@ -164,12 +170,17 @@ def _selector(world: World) -> Selector:
     )
 
 
+def _batch_rule(world: World) -> BatchRule:
+    return BatchRule(by=world.batch_by, prompts=world.prompts_per_batch, tokens=world.tokens_per_batch)
+
+
 def _plan(world: World) -> Plan:
     return Plan(
         steps=world.steps,
-        prompts_per_batch=world.prompts_per_batch,
+        batch=_batch_rule(world),
         max_staleness=world.max_staleness,
         age_policy=world.age_policy,
+        oversample=world.oversample,
         slots=world.slots,
         min_compared=2,
         max_retries=3,

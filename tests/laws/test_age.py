@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rlsys.algo import ADVANTAGES
 from rlsys.batch.build import build
+from rlsys.buffer.batching import BatchRule
 from rlsys.buffer.replay import ReplayBuffer
 from rlsys.buffer.staleness import first_trained_step
 from rlsys.records import steps_of
@@ -26,15 +27,15 @@ def test_no_token_older_than_the_bound_carries_weight(steps_by_group, max_stalen
     step = max(max(steps) for group in steps_by_group for steps in group) + ahead % (max_staleness + 2)
 
     async def lease():
-        buffer = ReplayBuffer(max_staleness=max_staleness, age_policy=age_policy)
+        buffer = ReplayBuffer(
+            max_staleness=max_staleness, age_policy=age_policy, batch=BatchRule(by="prompts", prompts=1)
+        )
         for index, steps_by_rollout in enumerate(steps_by_group):
             await buffer.put(make_group(index, steps_by_rollout))
-        await buffer.take(len(steps_by_group) + 1, step, wait_s=0.0001)  # drops what is too old
-        left = (await buffer.counts()).buffered
-        groups = []
-        while (take := await buffer.take(1, step, wait_s=0.0001)).lease is not None:
+        put, groups = (await buffer.counts()).buffered, []
+        while (take := await buffer.take(step, wait_s=0.0001)).lease is not None:
             groups += take.lease.groups
-        assert sum(len(group.rollouts) for group in groups) == left
+        assert sum(len(group.rollouts) for group in groups) == put - (await buffer.counts()).dropped
         return groups
 
     groups = asyncio.run(lease())

@@ -15,7 +15,7 @@ from rlsys.controller.ledger import Stage
 from rlsys.controller.loops import Loops
 from rlsys.errors import FleetLost
 from rlsys.sim.fleet import SimFleet
-from rlsys.sim.world import World, simulate
+from rlsys.sim.world import MAX_TOKENS, World, simulate
 from tests.sim.chance import score_by_chance
 
 ZERO_VARIANCE = (("zero_variance", zero_variance),)
@@ -26,7 +26,10 @@ worlds = st.builds(
     prompts_per_batch=st.integers(1, 5),
     group_size=st.integers(2, 4),
     max_staleness=st.integers(0, 3),
-    age_policy=st.sampled_from(["drop", "mask"]),
+    age_policy=st.sampled_from(["drop", "mask", "pace"]),
+    oversample=st.sampled_from([0.0, 0.0, 0.5]),
+    batch_by=st.sampled_from(["prompts", "prompts", "trained_tokens", "sampled_tokens"]),
+    tokens_per_batch=st.integers(4 * MAX_TOKENS, 200),
     slots=st.integers(1, 12),
     cached_rollouts=st.none() | st.integers(4, 8),
     num_eval=st.just(2),
@@ -78,12 +81,17 @@ def test_whatever_the_world_every_rollout_is_trained_once_or_dropped_by_name(wor
         assert len(crashes) == world.replicas
         return
     ledger = report.loops.ledger
-    assert ledger.lead == 0 and ledger.submitted == ledger.trained + ledger.dropped.total()
+    assert ledger.submitted == ledger.trained + ledger.dropped.total() + ledger.lead
     assert ledger.trained == sum(len(group.rollouts) for _, groups in report.trained for group in groups)
     source = report.loops.parts.source.counts()
-    assert source.drawn == ledger.groups_trained + ledger.filtered + ledger.given_up + source.waiting
+    standing = ledger.num_groups
+    assert source.drawn == ledger.groups_trained + ledger.filtered + ledger.given_up + source.waiting + standing
+    assert len(report.trained) == world.steps
     draws = Counter(group.prompt.draw for _, groups in report.trained for group in groups)
-    assert set(draws.values()) == {1} and len(draws) == world.steps * world.prompts_per_batch
+    assert set(draws.values()) == {1}
+    if world.batch_by == "prompts":
+        assert len(draws) == world.steps * world.prompts_per_batch
+        assert ledger.lead == 0 or world.oversample > 0
     if world.age_policy == "drop":
         for step, groups in report.trained:
             assert max(staleness_of(groups, step)) <= world.max_staleness

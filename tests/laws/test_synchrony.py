@@ -17,6 +17,7 @@ from rlsys.actors.clock import WallClock
 from rlsys.algo import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
 from rlsys.batch.build import build
 from rlsys.batch.pack import pack
+from rlsys.buffer.batching import BatchRule
 from rlsys.buffer.replay import ReplayBuffer
 from rlsys.config.schema import TrainSection
 from rlsys.controller.loops import Loops
@@ -35,6 +36,7 @@ from tests.laws import synchronous_reference as reference
 from tests.laws.learner_ranks import make_model
 
 STEPS, PROMPTS, GROUP, NUM_TOKENS, LR, SEED = 3, 3, 4, 6, 1e-3, 7
+RULE = BatchRule(by="prompts", prompts=PROMPTS)
 QUESTIONS = [f"{index:04d}" for index in range(STEPS * PROMPTS)]
 
 
@@ -135,9 +137,10 @@ def run_system(rank: LearnerRank) -> tuple[OwnLearner, Loops]:
     disk = SimDisk()
     plan = Plan(
         steps=STEPS,
-        prompts_per_batch=PROMPTS,
+        batch=RULE,
         max_staleness=0,
         age_policy="drop",
+        oversample=0.0,
         slots=PROMPTS * GROUP,
         min_compared=2,
         max_retries=3,
@@ -173,7 +176,7 @@ def run_system(rank: LearnerRank) -> tuple[OwnLearner, Loops]:
     )
 
     async def main() -> Loops:
-        buffer = ReplayBuffer(max_staleness=0, age_policy="drop")
+        buffer = ReplayBuffer(max_staleness=0, age_policy="drop", batch=RULE)
         loops = Loops(replace(parts, buffer=buffer), plan, RunState())
         await loops.run()
         return loops

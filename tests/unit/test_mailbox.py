@@ -23,10 +23,10 @@ class Call:
 
     def __init__(self, clock: VirtualClock, method: Callable[..., Awaitable[Any]]) -> None:
         self._clock, self._method = clock, method
-        self.sizes: list[int] = []
+        self.sizes: list[list[int]] = []
 
     def remote(self, *arguments: Any) -> Awaitable[Any]:
-        self.sizes += [len(argument) for argument in arguments]
+        self.sizes.append([len(argument) for argument in arguments])
         return self._go(*arguments)
 
     async def _go(self, *arguments: Any) -> Any:
@@ -41,16 +41,21 @@ class Worker:
 
     def __init__(self, clock: VirtualClock) -> None:
         self._clock = clock
+        self.stopped: list[str] = []
         self._tray = Tray(self)  # type: ignore[arg-type]
         self.begin, self.ended = Call(clock, self._begin), Call(clock, self._tray.ended)
 
-    async def _begin(self, orders: Any) -> None:
-        self._tray.begin(orders)
+    async def _begin(self, orders: Any, cancelled: Any) -> None:
+        self._tray.begin(orders, cancelled)
 
     async def play_rollout(self, prompt: Any, member: Member, spec: PlaySpec) -> Any:
         if member.name == "lost":
             raise EngineLost("e0 is lost")
-        await self._clock.sleep(float(member.name))
+        try:
+            await self._clock.sleep(float(member.name))
+        except asyncio.CancelledError:
+            self.stopped.append(member.name)
+            raise
         return (prompt, member)
 
 
@@ -63,7 +68,8 @@ def test_everybody_gets_his_own_rollout_whatever_order_they_end_in() -> None:
         async def ask(index: int) -> None:
             for turn in range(20):
                 prompt, member = make_prompt(index), Member(name=str((index * 7 + turn * 5) % 11 * 0.004))
-                assert await mailbox.play(prompt, member, SPEC) == (prompt, member)
+                ended: Any = await mailbox.play(prompt, member, SPEC)
+                assert ended == (prompt, member)
                 await clock.sleep(0.003 * (index % 3))
 
         await asyncio.gather(*map(ask, range(50)))
@@ -74,7 +80,7 @@ def test_everybody_gets_his_own_rollout_whatever_order_they_end_in() -> None:
 def test_what_is_asked_for_in_one_moment_goes_over_in_one_call() -> None:
     clock = VirtualClock()
 
-    async def main() -> tuple[list[int], float]:
+    async def main() -> tuple[list[list[int]], float]:
         worker = Worker(clock)
         mailbox = Mailbox(worker, "e0")
         members = [Member(name=seconds) for seconds in ("0.5", "0.5", "0.5", "3.0")]
@@ -86,8 +92,25 @@ def test_what_is_asked_for_in_one_moment_goes_over_in_one_call() -> None:
         return worker.begin.sizes, short_s
 
     sizes, short_s = clock.run(main())
-    assert sizes == [4]
+    assert sizes == [[4, 0]]
     assert short_s == pytest.approx(0.5 + 2 * CALL_S)  # they do not wait for the long one
+
+
+def test_what_is_cancelled_is_stopped_over_there_and_the_others_go_on() -> None:
+    clock = VirtualClock()
+
+    async def main() -> tuple[list[str], Any]:
+        worker = Worker(clock)
+        mailbox = Mailbox(worker, "e0")
+        playing = [
+            asyncio.create_task(mailbox.play(make_prompt(), Member(name=seconds), SPEC)) for seconds in ("8.0", "9.0")
+        ]
+        await clock.sleep(1.0)
+        playing[0].cancel()
+        await clock.sleep(2 * CALL_S)
+        return list(worker.stopped), (await playing[1])[1].name  # type: ignore[index]
+
+    assert clock.run(main()) == (["8.0"], "9.0")
 
 
 def test_a_lost_engine_ends_everything_that_is_under_way() -> None:

@@ -328,6 +328,34 @@ def test_every_sequence_fits_a_microbatch_and_the_models_context():
     assert error.what == "rollout.max_tokens=10" and "rollout.max_tokens=9" in error.remedy
 
 
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        (("train.batch_by=sampled_tokens",), "set train.tokens_per_batch"),
+        (("train.tokens_per_batch=4096",), "remove train.tokens_per_batch"),
+        (
+            (
+                "train.batch_by=trained_tokens",
+                "train.tokens_per_batch=63",
+                "rollout.group_size=8",
+                "rollout.max_tokens=8",
+            ),
+            "raise it",
+        ),
+    ],
+)
+def test_a_token_budget_goes_with_batches_of_tokens_and_holds_the_longest_group(keys, what):
+    error = refused(checks.check_token_budget, config_of(*keys))
+    assert error.what == "train.tokens_per_batch" and what in error.remedy
+
+
+def test_c3po_divides_by_the_budget_of_a_step():
+    config = config_of(
+        "algo.preset=c3po", "train.batch_by=trained_tokens", "train.tokens_per_batch=8192", "rollout.max_tokens=64"
+    )
+    assert config.algo.aggregation.params == {"tokens": 4096}
+
+
 # --- derived facts
 
 
@@ -336,6 +364,13 @@ def test_the_lead_bound_is_eta_plus_one_batches():
     assert facts.lead_bound(config) == 96
     text = "\n".join(facts.of_run(config))
     assert "4 questions x 8 rollouts = 32 rollouts" in text and "(2 + 1) x 32 = 96 rollouts" in text
+
+
+def test_a_batch_of_tokens_and_a_paced_age_are_told_as_they_are():
+    keys = ("train.batch_by=sampled_tokens", "train.tokens_per_batch=4096", "rollout.max_tokens=64")
+    text = "\n".join(facts.of_run(config_of(*keys, "rollout.age_policy=pace", "rollout.oversample=0.5")))
+    assert "finished once 4,096 tokens were sampled" in text and "at most 24 groups are unfinished" in text
+    assert "staleness/violations" in text
 
 
 def found_of(config: Config) -> facts.Found:
