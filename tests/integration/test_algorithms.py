@@ -75,11 +75,12 @@ def test_ppo_learns_a_critic_from_single_rollouts_and_goes_on_with_it(tmp_path, 
     assert abs(later[3]["critic/kl"]) < 1e-5  # the reference became the policy, and was saved so
 
 
-def test_dapo_replaces_groups_and_a_teacher_speaks_beside_the_rewards(tmp_path, model):
+def test_dapo_replaces_groups_parts_of_rewards_are_compared_and_a_teacher_speaks_beside_them(tmp_path, model):
     steps = train(
         tmp_path,
         model,
         "algo.preset=dapo",
+        "algo.advantage={name: gdpo}",
         "train.steps_per_batch=1",
         "algo.kl={name: k3}",
         "algo.entropy_coef=0.01",
@@ -87,6 +88,7 @@ def test_dapo_replaces_groups_and_a_teacher_speaks_beside_the_rewards(tmp_path, 
         "teacher.top_k=4",
         "teacher.with_reward=true",
     )
+    assert all(step["critic/score_parts/odd/mean"] > 0.0 for step in steps)
     assert any(step["critic/filtered_groups"] > 0.0 for step in steps)
     assert all(step["critic/groups_without_variance"] == 0.0 for step in steps)
     assert all(step["teacher/reverse_kl"] > 0.0 for step in steps)
@@ -94,19 +96,23 @@ def test_dapo_replaces_groups_and_a_teacher_speaks_beside_the_rewards(tmp_path, 
     assert steps[0]["critic/rewards/mean"] <= steps[0]["critic/score/mean"]  # what is too long is punished
 
 
-def test_greedy_rollouts_are_a_baseline_and_a_teacher_alone_is_learnt_from(tmp_path, model):
+def test_greedy_rollouts_are_a_baseline_in_batches_of_tokens_and_a_teacher_alone_is_learnt_from(tmp_path, model):
     steps = train(
         tmp_path,
         model,
         "algo.preset=remax",
         "run.steps=2",
+        "train.batch_by=trained_tokens",
+        "train.tokens_per_batch=96",
+        "rollout.age_policy=pace",
         "teacher.path=tiny",
         "teacher.coef=0.5",
     )
-    assert steps[-1]["dropped/baseline"] >= 2 * 8
+    sampled = [
+        step["perf/total_num_tokens"] / (1 + step["prompt_length/mean"] / step["response_length/mean"])
+        for step in steps
+    ]
+    assert all(96 - 4 * 6 < tokens < 96.5 for tokens in sampled)
+    assert all(step["staleness/violations"] >= 0.0 for step in steps)
+    assert steps[-1]["dropped/baseline"] >= 2 * 3
     assert all(step["teacher/reverse_kl"] != 0.0 for step in steps)
-
-
-def test_parts_of_rewards_are_compared_each_for_itself(tmp_path, model):
-    (step,) = train(tmp_path, model, "algo.advantage={name: gdpo}", "run.steps=1", "rollout.max_staleness=0")
-    assert step["critic/score_parts/odd/mean"] > 0.0 and step["critic/advantages/max"] > 0.0

@@ -125,6 +125,24 @@ def test_a_swap_with_more_context_in_flight_than_fits_into_a_batch_keeps_every_t
         assert _difference(turn, 2)[~is_first].max() < 1e-3
 
 
+def test_a_request_whose_caller_gives_up_leaves_the_engine_and_takes_nobody_along(bench):
+    async def scenario():
+        await bench.engine.load_weights(bench.weights(1))
+        given_up = [asyncio.create_task(bench.engine.generate(_request(f"up-{n}", max_tokens=600))) for n in range(8)]
+        kept = asyncio.create_task(bench.engine.generate(_request("kept", max_tokens=200)))
+        await asyncio.sleep(0.2)
+        for task in given_up:
+            task.cancel()
+        results = await asyncio.gather(*given_up, return_exceptions=True)
+        unfinished = bench.engine._process.alive().output_processor.get_num_unfinished_requests()
+        return results, unfinished, await kept
+
+    results, unfinished, kept = bench.run(scenario())
+    assert all(isinstance(result, asyncio.CancelledError) for result in results)
+    assert unfinished == 1
+    assert len(kept.token_ids_T) == 200 and _difference(kept, 1).max() < 1e-4
+
+
 def test_a_prompt_beyond_the_context_is_refused_and_the_engine_goes_on(bench):
     too_long = replace(_request("long"), token_ids=[5] * 700)
     with pytest.raises(RequestRefused, match="rollout-0"):
