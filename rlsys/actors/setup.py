@@ -45,7 +45,7 @@ from rlsys.reward.pool import GRACE_S, RESTART_TIMEOUT_S, RewardPool
 from rlsys.rollout.play import PlaySpec
 from rlsys.rollout.teacher import GRACE_S as TEACHER_GRACE_S
 from rlsys.rollout.teacher import TaughtScorer, TeacherSettings, teacher_environment
-from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
+from rlsys.rollout.vllm_settings import VllmSettings, engine_environment, num_workers
 from rlsys.weights.pool import SegmentPool
 
 SPARE_CALLS = 16  # of a rollout actor, beside its rollouts
@@ -214,7 +214,9 @@ def make_batch(config: Config, inputs: Inputs, incarnation: int, groups: Sequenc
 
 def _rollout_actors(config: Config, inputs: Inputs, place: _Places) -> list[tuple[str, Any]]:
     rollout = config.rollout
-    environment = engine_environment(cpus=rollout.cpus_per_replica, gpus=rollout.gpus_per_replica)
+    environment = engine_environment(
+        cpus=rollout.cpus_per_replica, gpus=rollout.gpus_per_replica, workers=num_workers(rollout.vllm)
+    )
     actors = []
     for index in range(rollout.replicas):
         name = f"rollout-{index}"

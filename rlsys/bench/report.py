@@ -32,7 +32,7 @@ def run_bench(name: str) -> Report:
     """Run the bench of this name with its own settings. Raises ConfigError where there is none."""
     if name not in BENCHES:
         raise ConfigError("NAME", got=name, wanted=f"one of {', '.join(BENCHES)}", remedy="name one of these")
-    report: Report = importlib.import_module(f"rlsys.bench.{name}").measure()
+    report: Report = importlib.import_module(f"rlsys.bench.{name.replace('-', '_')}").measure()
     return report
 
 

@@ -171,9 +171,9 @@ class RolloutSection(Section):
     slots: Annotated[int, Field(ge=1)] = 256
     """Most rollouts at once on one engine."""
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1.0
-    """CPU cores that Ray reserves for one engine."""
+    """CPU cores that Ray reserves for one engine, all of its processes together."""
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs that Ray reserves for one engine."""
+    """GPUs that Ray reserves for one engine, all of its processes together."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Deadline for an engine to come up, seconds."""
     timeout_s: Annotated[float, Field(gt=0)] = 300.0

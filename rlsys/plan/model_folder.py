@@ -64,6 +64,7 @@ def check_model_folder(config: Config, *, is_trained: bool = True) -> ModelFacts
     _check_files(folder)
     if config.rollout.gpus_per_replica == 0:
         _check_head_size(model)
+    _check_heads_divide(model, config.rollout.vllm.get("tensor_parallel_size", 1))
     return ModelFacts(max_positions=getattr(model, "max_position_embeddings", None), vocab_size=model.vocab_size)
 
 
@@ -231,6 +232,17 @@ def _check_head_size(model: Any) -> None:
             got=f"attention heads of size {size}",
             wanted=f"a size that vLLM's attention on CPU takes: {', '.join(map(str, sorted(sizes)))}",
             remedy="choose another model, or engines on GPUs (rollout.gpus_per_replica)",
+        )
+
+
+def _check_heads_divide(model: Any, shares: int) -> None:
+    heads = getattr(model, "num_attention_heads", None)
+    if isinstance(heads, int) and heads % shares:
+        raise ConfigError(
+            "rollout.vllm.tensor_parallel_size",
+            got=f"{shares} shares of {heads} attention heads",
+            wanted=f"a number that divides {heads}",
+            remedy="give such a number, or leave it out",
         )
 
 

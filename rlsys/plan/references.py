@@ -13,7 +13,7 @@ from rlsys.algo.rows import facts_of
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
 from rlsys.plan.algorithm import check_rows, row_of
-from rlsys.plan.engine_arguments import check_engine_arguments
+from rlsys.plan.engine_arguments import check_engine_arguments, check_engine_workers
 from rlsys.plan.facts import Found
 from rlsys.plan.model_folder import check_model_folder, check_vocabulary, load_tokenizer
 from rlsys.plan.space import is_cluster_named
@@ -37,6 +37,7 @@ def check_references(config: Config) -> Found:
         ConfigError: the first thing found that cannot work.
     """
     check_engine_arguments("rollout.vllm", config.rollout.vllm, OWNED_ARGUMENTS)
+    check_engine_workers(config.rollout)
     check_deepspeed_options(config)
     if config.train.lora is not None:
         check_lora(config.train.lora)

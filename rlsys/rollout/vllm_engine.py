@@ -1,8 +1,9 @@
 """The real engine: vLLM's ``AsyncLLM`` behind the five methods of ``Engine``.
 
-A weight swap, in order (``load_weights``): verify the bytes while generation goes on; pause at a token boundary; load;
-resume; probe; hand out. What finishes between resume and proof is held back until the proof, or lost with it. Requests
-in flight go on with their KV computed again (``recompute``) or as it is (``keep``), or end before it (``drain``).
+A weight swap, in order (``load_weights``): verify the bytes and pack the weights while generation goes on; pause at a
+token boundary; exchange (or load, where that could not be prepared); resume; probe; hand out. What finishes between
+resume and proof is held back until the proof, or lost with it. Requests in flight go on with their KV computed again
+(``recompute``) or as it is (``keep``), or end before it (``drain``).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from rlsys.weights.probe import TOLERANCE, check_probe
 from rlsys.weights.segment import SegmentReader
 from rlsys.weights.vllm_plugin import BACKEND, init_info, update_info
 
+PREPARATION_POLL_S = 0.02  # between two looks whether the workers are ready
 PROBE_PRIORITY = -1  # smaller goes first; rollouts have 0
 _STOP_REASONS = {"stop": StopReason.EOS, "length": StopReason.LENGTH}
 
@@ -90,6 +92,7 @@ class VllmEngine:
                 async with self._deadline(f"weights {weights.version}"):
                     # before the pause, and off the event loop: generation goes on while the bytes are read
                     await asyncio.to_thread(_verify, weights)
+                    await self._prepare(llm, weights)
                     is_whole = False
                     paused = await self._pause(llm)
                     await self._swap(llm, weights)
@@ -111,6 +114,20 @@ class VllmEngine:
     async def stop(self) -> None:
         """Shut the engine's processes down. Whatever is still in flight raises EngineLost."""
         await self._process.stop()
+
+    async def _prepare(self, llm: AsyncLLM, weights: WeightVersion) -> None:
+        """Let the workers have the version ready beside the running model, those that can."""
+        info = update_info(weights.segment, weights.tensors)
+        if not any(await llm.collective_rpc("prepare_weights", kwargs={"update_info": info})):
+            return
+        while True:
+            states = await llm.collective_rpc("weight_preparation")
+            for _, failure in states:
+                if failure is not None:
+                    raise WeightsRefused(f"engine {self._name}, version {weights.version}: {failure}")
+            if all(is_over for is_over, _ in states):
+                return
+            await asyncio.sleep(PREPARATION_POLL_S)
 
     async def _pause(self, llm: AsyncLLM) -> float:
         """Returns when generation stood still, as ``perf_counter`` tells it. What ends until then was sampled by the

@@ -100,6 +100,8 @@ class VllmProcess:
         """Shut the engine's processes down. Whatever is still in flight raises EngineLost."""
         await self.lose("it was stopped")
         if self._llm is not None:
+            if self._llm.output_handler is not None:  # it would take the end of the processes for a failure
+                self._llm.output_handler.cancel()
             await asyncio.to_thread(self._llm.shutdown)
             self._llm = None
 

@@ -48,6 +48,11 @@ def refuse_owned_arguments(vllm: Mapping[str, Any], key: str, owned: Mapping[str
             )
 
 
+def num_workers(vllm: Mapping[str, Any]) -> int:
+    """Processes that one engine with these arguments computes in: tensor-parallel shares times pipeline stages."""
+    return int(vllm.get("tensor_parallel_size") or 1) * int(vllm.get("pipeline_parallel_size") or 1)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VllmSettings:
     """How one engine is brought up.
@@ -93,6 +98,9 @@ class VllmSettings:
             "enforce_eager": on_cpu,  # on CPU compiling takes over a minute and gains nothing
             "disable_log_stats": False,  # the router goes by them
         }
+        if num_workers(self.vllm) > 1:
+            # left to itself, vLLM would ask Ray for actors of its own beside the one that holds the resources
+            defaults["distributed_executor_backend"] = "mp"
         owned: dict[str, Any] = {
             "model": self.model,
             "dtype": self.dtype,
@@ -113,13 +121,14 @@ class VllmSettings:
         return {**defaults, **self.vllm, **owned}
 
 
-def engine_environment(*, cpus: float, gpus: float, kv_cache_gib: int = 1) -> dict[str, str]:
+def engine_environment(*, cpus: float, gpus: float, workers: int = 1, kv_cache_gib: int = 1) -> dict[str, str]:
     """Environment variables that an engine's process needs before it imports vllm.
 
     Args:
         cpus: cores of the engine; fractions count as one.
         gpus: above 0, the settings of the CPU backend are left out.
-        kv_cache_gib: key-value cache of the CPU backend, GiB.
+        workers: processes that share the cores (``num_workers``).
+        kv_cache_gib: key-value cache of the CPU backend, GiB in each of them.
     """
     everywhere = {
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -129,10 +138,10 @@ def engine_environment(*, cpus: float, gpus: float, kv_cache_gib: int = 1) -> di
     }
     if gpus > 0:
         return everywhere
-    threads = str(max(1, int(cpus)))
+    threads = str(max(1, int(cpus / workers)))
     return everywhere | {
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker lives in the engine's process: one process less
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a single worker lives in the engine's process: one process less
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # Ray decides where processes run
         # without it the first request with log-probabilities compiles for ten seconds, eager or not
         "TORCHDYNAMO_DISABLE": "1",

@@ -25,6 +25,9 @@ def full_weights(model: Any, *, deepspeed: ModuleType, zero_stage: int) -> Itera
     merged into the layers that they belong to.
     """
     model = base_of(model)
+    # what from_pretrained noted: where it changed nothing, there is nothing to revert, and looking for it takes longer
+    # than to copy a small model
+    is_as_in_files = getattr(model, "_weight_conversions", None) == []
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         has_adapters = is_adapted(module)
@@ -41,7 +44,7 @@ def full_weights(model: Any, *, deepspeed: ModuleType, zero_stage: int) -> Itera
         )
         with gathered, merged(module) if has_adapters else _as_they_are(own) as tensors:
             named = {f"{prefix}.{name}" if prefix else name: tensor for name, tensor in tensors.items()}
-            yield from revert_weight_conversion(model, named).items()
+            yield from (named if is_as_in_files else revert_weight_conversion(model, named)).items()
 
 
 def _as_they_are(own: dict[str, Parameter]) -> AbstractContextManager[dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -61,6 +62,24 @@ def remove_segments(run: str, folder: Path = SHM_FOLDER) -> tuple[Path, ...]:
     return _delete([path for path, owner_run, _ in _segments(folder) if owner_run == run])
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """Where a tensor goes in a segment.
+
+    Attributes:
+        target, buffer: the same bytes of the segment, to copy into and to compute the checksum of.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source_dtype: torch.dtype
+    dtype: str
+    offset: int
+    num_bytes: int
+    target: torch.Tensor
+    buffer: memoryview
+
+
 class SegmentWriter:
     """Writes versions into a segment: cast and copied in one pass, straight into the mapped bytes.
 
@@ -74,34 +93,57 @@ class SegmentWriter:
     def __init__(self, path: Path | str, dtype: torch.dtype) -> None:
         self._path, self._dtype = path, dtype
         self._map: mmap.mmap | None = None
-        self._end = 0
+        self._has_grown = False  # in this version
+        self._places: list[_Place] = []  # versions are alike: found once, kept for the next one
         self._entries: list[TensorEntry] = []
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append one tensor (any device, any strides). Raises OSError where the memory file system is full."""
-        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
-        num_bytes = tensor.numel() * dtype.itemsize
-        offset = -(-self._end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        mapped = self._map_up_to(offset + num_bytes)
-        target = torch.frombuffer(mapped, dtype=dtype, count=tensor.numel(), offset=offset)
-        target.view(tensor.shape).copy_(tensor.detach())
+        place = self._place(name, tensor)
+        place.target.copy_(tensor.detach())
         self._entries.append(
             TensorEntry(
                 name=name,
-                shape=tuple(tensor.shape),
-                dtype=str(dtype).removeprefix("torch."),
-                offset=offset,
-                num_bytes=num_bytes,
-                checksum=_checksum(mapped, offset, num_bytes),
+                shape=place.shape,
+                dtype=place.dtype,
+                offset=place.offset,
+                num_bytes=place.num_bytes,
+                checksum=xxhash.xxh3_64_intdigest(place.buffer),
             )
         )
-        self._end = offset + num_bytes
 
     def finish(self) -> tuple[TensorEntry, ...]:
         """End this version; returns its manifest, in the order of writing. The next ``write`` begins the next one."""
-        entries = tuple(self._entries)
-        self._end, self._entries = 0, []
+        entries, self._entries = tuple(self._entries), []
+        if self._has_grown:  # places lie in mappings of every size on the way
+            self._places, self._has_grown = [], False
         return entries
+
+    def _place(self, name: str, tensor: torch.Tensor) -> _Place:
+        """Where the next tensor goes: as in the version before, unless that had another tensor here."""
+        index = len(self._entries)
+        if index < len(self._places):
+            place = self._places[index]
+            if (place.name, place.source_dtype) == (name, tensor.dtype) and place.shape == tensor.shape:
+                return place
+            del self._places[index:]
+        end = self._places[-1].offset + self._places[-1].num_bytes if self._places else 0
+        offset = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+        num_bytes = tensor.numel() * dtype.itemsize
+        mapped = self._map_up_to(offset + num_bytes)
+        place = _Place(
+            name=name,
+            shape=tuple(tensor.shape),
+            source_dtype=tensor.dtype,
+            dtype=str(dtype).removeprefix("torch."),
+            offset=offset,
+            num_bytes=num_bytes,
+            target=torch.frombuffer(mapped, dtype=dtype, count=tensor.numel(), offset=offset).view(tensor.shape),
+            buffer=memoryview(mapped)[offset : offset + num_bytes],
+        )
+        self._places.append(place)
+        return place
 
     def _map_up_to(self, end: int) -> mmap.mmap:
         if self._map is None or end > len(self._map):
@@ -111,6 +153,7 @@ class SegmentWriter:
                 # allocates the pages: a full file system is an OSError here, not a SIGBUS in the middle of the copy
                 os.posix_fallocate(fd, 0, size_bytes)
                 self._map = mmap.mmap(fd, size_bytes)  # the one before goes with its last view
+                self._has_grown = True
             finally:
                 os.close(fd)
         return self._map

@@ -3,7 +3,8 @@
 vLLM's worker process imports this module because ``worker_extension_cls`` names a class in it; the import registers the
 transfer engine with vLLM's factory, whose registry is one per process.
 
-The bytes were verified by the process that drives the engine, before the pause; here they are only loaded.
+The bytes were verified by the process that drives the engine, before the pause; here they are only loaded. Where the
+model allows it, that happens before the pause too (``vllm_prepared``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import socket
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +32,22 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from rlsys.records import TensorEntry
 from rlsys.weights.owner import end_with_owner
 from rlsys.weights.segment import SegmentReader
+from rlsys.weights.vllm_prepared import PreparedWeights, can_prepare
 
 BACKEND = "rlsys_shm"
 
 
 class WorkerExtension:
-    """Names this module to vLLM; adds nothing to the worker."""
+    """Names this module to vLLM, and adds to its worker what can be called while requests run."""
+
+    weight_transfer_engine: ShmWeightTransferEngine
+
+    def prepare_weights(self, update_info: dict[str, Any]) -> bool:
+        engine = self.weight_transfer_engine
+        return engine.prepare(engine.parse_update_info(update_info))
+
+    def weight_preparation(self) -> tuple[bool, str | None]:
+        return self.weight_transfer_engine.preparation()
 
 
 @dataclass
@@ -86,39 +97,78 @@ def update_info(segment: str, tensors: Sequence[TensorEntry]) -> dict[str, Any]:
 
 
 class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
-    """Loads views into the segment through the model's own weight loaders, inside vLLM's layerwise reload."""
+    """Loads views into the segment through the model's own weight loaders, inside vLLM's layerwise reload: into the
+    model itself, or into a twin of it that was prepared beforehand."""
 
     init_info_cls = ShmInitInfo
     update_info_cls = ShmUpdateInfo
+    _prepared: PreparedWeights | None = None
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         if init_info.owner_host == socket.gethostname():  # workers elsewhere end with vLLM's own processes
             end_with_owner(init_info.owner_pid)
 
+    def prepare(self, update_info: ShmUpdateInfo) -> bool:
+        """Begin to load and pack a version beside the running model, for the update that comes next. False where that
+        is not possible with this model: then the update does all of it."""
+        self._abandon()
+        if not can_prepare(self.model, self.vllm_config):
+            return False
+        self._prepared = PreparedWeights(self.model, self.vllm_config, _tensors(update_info), self._load)
+        return True
+
+    def preparation(self) -> tuple[bool, str | None]:
+        """Whether what was begun is over, and why it failed."""
+        if self._prepared is None:
+            return True, None
+        if self._prepared.is_over and self._prepared.failure is not None:
+            failure = self._prepared.failure
+            self._abandon()
+            return True, failure
+        return self._prepared.is_over, None
+
     def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
+        if self._prepared is None:
+            initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
-        entries = [
-            TensorEntry(name=name, shape=tuple(shape), dtype=dtype, offset=offset, num_bytes=num_bytes, checksum=0)
-            for name, shape, dtype, offset, num_bytes in zip(
-                update_info.names,
-                update_info.shapes,
-                update_info.dtypes,
-                update_info.offsets,
-                update_info.num_bytes,
-                strict=True,
-            )
-        ]
-        self.model.load_weights(SegmentReader(update_info.segment, entries).tensors())  # type: ignore[operator]
+        if self._prepared is None:
+            self.model.load_weights(_tensors(update_info))  # type: ignore[operator]
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        repack_tied_embeddings(self.model)
-        repack_experts(self.model)
+        if self._prepared is None:
+            self._finish(self.model)
+        else:
+            self._prepared.exchange()
+            self._prepared = None
 
     def shutdown(self) -> None:
-        """Nothing is held between updates."""
+        self._abandon()
+
+    def _load(self, model: torch.nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        initialize_layerwise_reload(model)
+        model.load_weights(tensors)  # type: ignore[operator]
+        self._finish(model)
+
+    def _finish(self, model: torch.nn.Module) -> None:
+        finalize_layerwise_reload(model, self.model_config)
+        repack_tied_embeddings(model)
+        repack_experts(model)
+
+    def _abandon(self) -> None:
+        if self._prepared is not None:
+            self._prepared.abandon()
+            self._prepared = None
+
+
+def _tensors(info: ShmUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
+    entries = [
+        TensorEntry(name=name, shape=tuple(shape), dtype=dtype, offset=offset, num_bytes=num_bytes, checksum=0)
+        for name, shape, dtype, offset, num_bytes in zip(
+            info.names, info.shapes, info.dtypes, info.offsets, info.num_bytes, strict=True
+        )
+    ]
+    return SegmentReader(info.segment, entries).tensors()
 
 
 def repack_tied_embeddings(model: torch.nn.Module) -> int:

@@ -20,13 +20,13 @@ from rlsys.records import Probe, Version, WeightVersion
 from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
 from rlsys.weights.probe import probe_sequences
 from rlsys.weights.segment import SegmentWriter, segment_path
-from tests.integration.tied_head_sabotage import MARKER_VARIABLE
 
 VOCAB = 256
 END = 0
 ENDING_STEP = 10  # the model of this step ends its answers soon, the others as good as never
 PROMPT = [17, 4, 99, 230, 8]
-MARKER = "skip-repack"
+MARKER, NEVER_PREPARE = "skip-repack", "never-prepare"
+MARKER_VARIABLE = "RLSYS_TEST_SKIP_REPACK"
 
 
 class WallClock:
@@ -101,6 +101,11 @@ class Bench:
     run: Callable[..., Any]
     folder: Path
     marker: Path
+
+    def ask(self, question: str) -> list[int]:
+        """What ``tied_head_sabotage`` counts, of every worker."""
+        answers: list[int] = self.run(self.engine._process.alive().collective_rpc(question))
+        return answers
 
     def weights(self, step: int, previous: int | None = None) -> WeightVersion:
         return weights_of(step, path=segment_path("test", f"{step}", folder=self.folder), previous=previous)

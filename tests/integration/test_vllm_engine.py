@@ -9,10 +9,10 @@ import asyncio
 import multiprocessing
 import os
 import signal
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from tests.engine_contract import check_engine_contract
 from tests.integration.serving import (
     END,
     ENDING_STEP,
+    NEVER_PREPARE,
     PROMPT,
     VOCAB,
     Bench,
@@ -101,24 +102,25 @@ def test_an_answer_ends_with_the_end_token_and_says_so(bench):
 def test_a_swap_with_more_context_in_flight_than_fits_into_a_batch_keeps_every_token_exact(bench):
     """64 requests at some 60 tokens each are prefilled again: more than vLLM's batch of 2048 tokens."""
 
-    async def play() -> list[Turn]:
-        return await _gather([bench.engine.generate(_request(f"load{seed}", 120, seed=seed)) for seed in range(64)])
+    async def play(length: int) -> list[Turn]:
+        requests = (_request(f"load{length}-{seed}", length, seed=seed) for seed in range(64))
+        return await _gather([bench.engine.generate(request) for request in requests])
 
     async def swap_under_load() -> list[Turn]:
         await bench.engine.load_weights(bench.weights(1, previous=ENDING_STEP))
         second = bench.weights(2, previous=1)
         started = perf_counter()
-        await play()
+        await play(60)
         seconds = perf_counter() - started
-        in_flight = asyncio.create_task(play())
-        await asyncio.sleep(seconds / 2)
+        in_flight = asyncio.create_task(play(360))  # long enough that none ends before the swap
+        await asyncio.sleep(seconds)
         await bench.engine.load_weights(second)
         return await in_flight
 
     turns = bench.run(swap_under_load())
     in_flight_tokens = [np.count_nonzero(turn.versions_T == 1) for turn in turns]
     assert sum(in_flight_tokens) + len(PROMPT) * len(turns) > 2048
-    assert min(in_flight_tokens) > 0 and max(in_flight_tokens) < 120
+    assert min(in_flight_tokens) > 0 and max(in_flight_tokens) < 360
     for turn in turns:
         is_first = turn.versions_T == 1
         assert _difference(turn, 1)[is_first].max() < 1e-3
@@ -164,6 +166,55 @@ def test_a_corrupted_byte_is_refused_by_name_and_the_old_version_is_served_on(be
     assert bench.engine.version == served
     turn = bench.run(bench.engine.generate(_request("after", 4)))
     assert set(turn.versions_T) == {served.code}
+
+
+@pytest.mark.parametrize("is_prepared", [True, False])
+def test_weights_are_exact_whether_packed_beside_the_running_model_or_in_the_pause(bench, is_prepared):
+    """In flight a swap of either kind; the request's tokens are those of the versions that they are stamped with."""
+    marker = bench.folder / NEVER_PREPARE
+    if not is_prepared:
+        marker.touch()
+    first, second = bench.weights(1), bench.weights(2, previous=1)
+
+    async def swap() -> Turn:
+        await bench.engine.load_weights(first)
+        in_flight = asyncio.create_task(bench.engine.generate(_request("in-flight", 400)))
+        await asyncio.sleep(0.2)
+        await bench.engine.load_weights(second)
+        return await in_flight
+
+    before = bench.ask("num_exchanges")
+    turn = bench.run(swap())
+    marker.unlink(missing_ok=True)
+    assert [after - one for after, one in zip(bench.ask("num_exchanges"), before, strict=True)] == [2 * is_prepared]
+    assert set(turn.versions_T) == {first.version.code, second.version.code}
+    for step, weights in ((1, first), (2, second)):
+        assert _difference(turn, step)[turn.versions_T == weights.version.code].max() < 1e-3
+
+
+def test_old_weights_are_given_back(bench):
+    """As many packed matrices after many versions as after one."""
+
+    def num_packed_after(step: int) -> int:
+        bench.run(bench.engine.load_weights(bench.weights(step)))
+        return poll(lambda: bench.ask("num_packed")[0], lambda num: num == before)
+
+    before = bench.ask("num_packed")[0]
+    assert before > 0
+    assert [num_packed_after(step) for step in (1, 2, 3, 4)] == [before] * 4
+
+
+def test_a_version_that_cannot_be_prepared_is_refused_and_the_old_one_is_served_on(bench):
+    served = bench.engine.version
+    weights = bench.weights(3)
+    entry, *others = weights.tensors
+    with pytest.raises(WeightsRefused, match="rollout-0, version 0.3"):
+        bench.run(bench.engine.load_weights(replace(weights, tensors=(replace(entry, name="alien"), *others))))
+    assert bench.engine.version == served
+    assert set(bench.run(bench.engine.generate(_request("served", 4))).versions_T) == {served.code}
+    bench.run(bench.engine.load_weights(weights))
+    turn = bench.run(bench.engine.generate(_request("whole", 32)))
+    assert _difference(turn, 3).max() < 1e-3
 
 
 def test_a_tied_head_that_was_not_packed_again_is_caught_and_the_engine_serves_nothing_more(bench):
@@ -214,6 +265,14 @@ def test_an_engine_that_hangs_is_lost_within_the_deadline(folder):
             bench.run(bench.engine.load_weights(bench.weights(2)))
     process.join(5)
     assert not process.is_alive()
+
+
+def poll(ask: Callable[[], int], is_wanted: Callable[[int], bool]) -> int:
+    """The first answer that is wanted, or the last one before the deadline."""
+    deadline = perf_counter() + 10
+    while not is_wanted(answer := ask()) and perf_counter() < deadline:
+        sleep(0.05)
+    return answer
 
 
 async def _gather(coroutines: list[Coroutine[Any, Any, Turn]]) -> list[Turn]:

@@ -199,6 +199,15 @@ def test_heads_for_which_the_engine_has_no_code_on_cpu_are_refused(model, sizes)
     check_model_folder(apply_overrides(config, ["rollout.gpus_per_replica=1"]))
 
 
+def test_heads_that_tensor_parallel_shares_do_not_divide_are_refused(model):
+    config, folder = model
+    write_config(folder, hidden_size=192, num_attention_heads=6)
+    check_model_folder(apply_overrides(config, ["rollout.vllm.tensor_parallel_size=3"]))
+    with pytest.raises(ConfigError) as caught:
+        check_model_folder(apply_overrides(config, ["rollout.vllm.tensor_parallel_size=4"]))
+    assert caught.value.what == "rollout.vllm.tensor_parallel_size" and "6 attention heads" in caught.value.got
+
+
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])
 def test_a_tokenizer_that_does_not_load_is_refused(model, text):
     config, folder = model

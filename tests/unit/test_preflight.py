@@ -11,7 +11,7 @@ from rlsys.config.presets import PRESETS, resolve
 from rlsys.config.schema import Config, Row
 from rlsys.errors import ConfigError
 from rlsys.plan import algorithm, facts, references
-from rlsys.plan.engine_arguments import check_engine_arguments
+from rlsys.plan.engine_arguments import check_engine_arguments, check_engine_workers
 from rlsys.plan.preflight import preflight
 from rlsys.prompts.question import Question
 from rlsys.prompts.source import LoadedData, PromptSource
@@ -282,6 +282,35 @@ def test_vllm_options_that_rlsys_sets_or_vllm_does_not_know_are_refused(option, 
     check({"block_size": 16})
     error = refused(check, config_of(f"rollout.vllm.{option}").rollout.vllm)
     assert error.what == f"rollout.vllm.{option.partition('=')[0]}" and remedy in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (["rollout.vllm.tensor_parallel_size=2"], "rollout.cpus_per_replica"),
+        (["rollout.vllm.tensor_parallel_size=2", "rollout.gpus_per_replica=1"], "rollout.gpus_per_replica"),
+        (["rollout.vllm.tensor_parallel_size=2", "rollout.gpus_per_replica=3"], "rollout.gpus_per_replica"),
+        (["rollout.vllm.tensor_parallel_size=0"], "rollout.vllm.tensor_parallel_size"),
+        (["rollout.vllm.pipeline_parallel_size=two"], "rollout.vllm.pipeline_parallel_size"),
+    ],
+)
+def test_an_engine_whose_processes_ray_reserves_nothing_for_is_refused(overrides, what):
+    assert refused(check_engine_workers, config_of(*overrides).rollout).what == what
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["rollout.cpus_per_replica=0.5"],
+        ["rollout.gpus_per_replica=0.5"],
+        ["rollout.vllm.tensor_parallel_size=2", "rollout.cpus_per_replica=0.8"],
+        ["rollout.vllm.tensor_parallel_size=2", "rollout.cpus_per_replica=2"],
+        ["rollout.vllm.tensor_parallel_size=2", "rollout.vllm.pipeline_parallel_size=2", "rollout.gpus_per_replica=4"],
+    ],
+)
+def test_an_engine_with_what_its_processes_need_is_taken(overrides):
+    check_engine_workers(config_of(*overrides).rollout)
 
 
 def test_deepspeed_options_that_contradict_a_key_are_refused():

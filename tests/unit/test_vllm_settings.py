@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rlsys.errors import ConfigError
-from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS, VllmSettings, engine_environment
+from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS, VllmSettings, engine_environment, num_workers
 
 
 def _settings(**vllm) -> VllmSettings:
@@ -51,3 +51,14 @@ def test_settings_and_environment_need_no_engine():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
     assert engine_environment(cpus=0.5, gpus=0)["OMP_NUM_THREADS"] == "1"
     assert "OMP_NUM_THREADS" not in engine_environment(cpus=4, gpus=1)
+
+
+def test_the_processes_of_one_engine_share_its_cores_and_are_its_own():
+    assert num_workers({}) == 1 and num_workers({"tensor_parallel_size": 2, "pipeline_parallel_size": 3}) == 6
+    assert engine_environment(cpus=8, gpus=0, workers=2)["OMP_NUM_THREADS"] == "4"
+    assert engine_environment(cpus=3, gpus=0, workers=2)["OMP_NUM_THREADS"] == "1"
+    # not actors that vLLM asks Ray for, unless the user wants that
+    assert _settings(tensor_parallel_size=2).arguments(on_cpu=False)["distributed_executor_backend"] == "mp"
+    ray = _settings(tensor_parallel_size=2, distributed_executor_backend="ray")
+    assert ray.arguments(on_cpu=False)["distributed_executor_backend"] == "ray"
+    assert "distributed_executor_backend" not in _settings().arguments(on_cpu=True)

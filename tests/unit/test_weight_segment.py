@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlsys.errors import WeightsRefused
 from rlsys.weights.segment import (
@@ -70,6 +72,27 @@ def test_a_kept_writer_begins_every_version_anew(tmp_path):
         assert [(entry.name, entry.offset) for entry in entries] == [("a", 0)]
         ((_, view),) = SegmentReader(str(tmp_path / "s"), entries).tensors()
         assert view.tolist() == [value] * 5
+
+
+SHAPES = st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 40), st.sampled_from([torch.float32, torch.int64])))
+
+
+@given(versions=st.lists(SHAPES.filter(bool), min_size=1, max_size=5))
+def test_a_kept_writer_writes_every_version_as_a_new_one_would(tmp_path_factory, versions):
+    folder = tmp_path_factory.mktemp("segments")
+    kept = SegmentWriter(folder / "kept", torch.bfloat16)
+    for number, shapes in enumerate(versions):
+        tensors = [(name, torch.arange(size, dtype=dtype) + number) for name, size, dtype in shapes]
+        new = SegmentWriter(folder / "new", torch.bfloat16)
+        for name, tensor in tensors:
+            kept.write(name, tensor)
+            new.write(name, tensor)
+        entries = kept.finish()
+        assert entries == new.finish()
+        reader = SegmentReader(str(folder / "kept"), entries)
+        reader.verify()
+        for (_, tensor), (_, view) in zip(tensors, reader.tensors(), strict=True):
+            assert view.tolist() == tensor.tolist()
 
 
 def test_a_corrupted_byte_is_refused_by_the_name_of_its_tensor(tmp_path):

@@ -1,0 +1,209 @@
+"""``rlsys bench weight-sync``: what it costs to carry weights from the learner's memory into serving engines.
+
+Transport alone, on one thread, the fastest of a few: what the learner exports into a warm segment with its checksums
+(float32, or cast to bfloat16), what an engine's driver verifies, and a copy out of it, each reader mapping the segment
+anew as engines do; over TCP, the mirror's copy comes to it. Beside it one warm copy of the same tensors from memory to
+memory in the same run. Then real engines that serve requests while versions come (``weight_sync_engines``).
+Random weights in the shapes of the embedded model and of SmolLM2-135M.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from rlsys.bench.report import Report
+from rlsys.bench.weight_sync_engines import Plan, measure_engines
+from rlsys.models.folder import write_folder
+from rlsys.models.tiny.model import make_random_model, make_tokenizer
+from rlsys.records import Probe, TensorEntry, Version, WeightVersion
+from rlsys.rollout.vllm_settings import engine_environment
+from rlsys.train.export import full_weights
+from rlsys.weights.segment import SegmentReader, SegmentWriter, remove_segments, segment_path
+from rlsys.weights.tcp import SegmentServer, mirror
+
+RUN = "bench-weight-sync"
+REPEATS = 9
+MAX_TRANSPORT, MAX_PAUSED = 4.0, 0.05
+PARTS = ("memcpy_s", "export_s", "verify_s", "copy_out_s")
+# Engines at once, and seconds between two updates. Four large ones would take most of a small machine's memory.
+PLANS = {"tiny": Plan(engines=(1, 2, 3, 4), period_s=1.0), "m135": Plan(engines=(1, 2), period_s=10.0)}
+
+
+def measure() -> Report:
+    """Figures: ``<size>/<channel>/transport_to_memcpy`` with its parts in seconds beside it;
+    ``<size>/<n>_engines/<channel>/pause_ms`` and ``load_ms`` (means) and ``paused_share``; the CPU seconds of loading
+    and packing and the memory of one engine as ``<size>/pack_cpu_s``, ``engine_rest_mb`` and ``engine_peak_mb``.
+    ``shm/transport_to_memcpy``, ``shm/pause_ms`` and ``paused_share`` are those of the 135M model and one engine."""
+    figures: dict[str, float] = {}
+    with _surroundings() as folder:
+        for size, make in (("tiny", lambda: make_random_model(make_tokenizer())), ("m135", _make_model_of_135m)):
+            model = _through_files(make(), folder / size)
+            figures |= {f"{size}/{name}": value for name, value in transport(model).items()}
+            found = measure_engines(folder / size, model, RUN, PLANS[size])
+            figures |= {f"{size}/{name}": value for name, value in found.items()}
+    figures["shm/transport_to_memcpy"] = figures["m135/shm/transport_to_memcpy"]
+    figures["shm/pause_ms"] = figures["m135/1_engines/shm/pause_ms"]
+    figures["paused_share"] = figures["m135/1_engines/shm/paused_share"]
+    return Report(figures=figures, table=_table(figures))
+
+
+def transport(model: PreTrainedModel, repeats: int = REPEATS) -> dict[str, float]:
+    """Seconds of each part on the way, and of all parts together over those of one memory copy."""
+    weights = dict(full_weights(model, deepspeed=torch, zero_stage=0))  # no library is asked below stage 3
+    targets = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+
+    def copy() -> None:
+        for name, tensor in weights.items():
+            targets[name].copy_(tensor)
+
+    with _one_thread():
+        found = {"memcpy_s": _fastest(copy, repeats)}
+        for channel, dtype in (("shm", torch.float32), ("bfloat16", torch.bfloat16)):
+            parts = _segment_seconds(model, segment_path(RUN, channel), dtype, targets, repeats)
+            found |= parts if channel == "shm" else {f"{channel}/{name}": value for name, value in parts.items()}
+            found[f"{channel}/transport_to_memcpy"] = sum(parts.values()) / found["memcpy_s"]
+        found["tcp_s"] = _tcp_seconds(model, repeats)
+    found["tcp/transport_to_memcpy"] = found["shm/transport_to_memcpy"] + found["tcp_s"] / found["memcpy_s"]
+    return {**found, "megabytes": sum(tensor.nbytes for tensor in weights.values()) / 1e6}
+
+
+def _segment_seconds(
+    model: PreTrainedModel, path: Path, dtype: torch.dtype, targets: Mapping[str, torch.Tensor], repeats: int
+) -> dict[str, float]:
+    writer = SegmentWriter(path, dtype)
+
+    def export() -> tuple[TensorEntry, ...]:
+        for name, tensor in full_weights(model, deepspeed=torch, zero_stage=0):
+            writer.write(name, tensor)
+        return writer.finish()
+
+    entries = export()
+
+    def copy_out() -> None:
+        for name, tensor in SegmentReader(str(path), entries).tensors():
+            targets[name].copy_(tensor)
+
+    return {
+        "export_s": _fastest(export, repeats),
+        "verify_s": _fastest(lambda: SegmentReader(str(path), entries).verify(), repeats),
+        "copy_out_s": _fastest(copy_out, repeats),
+    }
+
+
+def _tcp_seconds(model: PreTrainedModel, repeats: int) -> float:
+    """Of bringing the version into a segment of another machine, were this one it: both ends are here."""
+    path, there = segment_path(RUN, "shm"), segment_path(RUN, "mirror")
+    writer = SegmentWriter(path, torch.float32)
+    for name, tensor in full_weights(model, deepspeed=torch, zero_stage=0):
+        writer.write(name, tensor)
+    weights = WeightVersion(
+        version=Version(incarnation=0, step=0),
+        segment=str(path),
+        tensors=writer.finish(),
+        probe=Probe(token_ids=(), logprobs=()),
+        previous_probe=None,
+    )
+    server = SegmentServer("127.0.0.1", [path])
+    try:
+        return _fastest(lambda: mirror(weights, server.source, there), repeats)
+    finally:
+        server.close()
+
+
+def _make_model_of_135m() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49_152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=1,
+            dtype=torch.float32,
+        )
+    )
+
+
+def _through_files(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """As the learner has it: read from the files that the engines start with."""
+    write_folder(folder, model, model.config, GenerationConfig(eos_token_id=1), make_tokenizer())
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return loaded
+
+
+def _fastest(run: Callable[[], object], repeats: int) -> float:
+    """Seconds; a first run warms up."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _surroundings() -> Iterator[Path]:
+    """A folder, the engines' environment, and no segment left behind."""
+    before = dict(os.environ)
+    os.environ.update(engine_environment(cpus=1, gpus=0))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        remove_segments(RUN)
+
+
+def _table(figures: Mapping[str, float]) -> str:
+    lines = [f"{'transport':<12}{'MB':>8}" + "".join(f"{name.removesuffix('_s'):>12}" for name in (*PARTS, "tcp_s"))]
+    for size in PLANS:
+        cells = "".join(f"{1e3 * figures[f'{size}/{name}']:>10.2f}ms" for name in (*PARTS, "tcp_s"))
+        lines.append(f"{size:<12}{figures[f'{size}/megabytes']:>8.1f}{cells}")
+    lines.append(f"{'x memcpy':<12}{'shm':>8}{'tcp':>12}{'bfloat16':>12}")
+    for size in PLANS:
+        shm, *others = (figures[f"{size}/{name}/transport_to_memcpy"] for name in ("shm", "tcp", "bfloat16"))
+        lines.append(f"{size:<12}{shm:>8.2f}" + "".join(f"{other:>12.2f}" for other in others))
+    lines.append(
+        f"{'engines':<12}{'':>8}{'pause':>12}{'load':>12}{'paused':>12}{'load (tcp)':>12}{'one update in':>16}"
+    )
+    for size, plan in PLANS.items():
+        for num in plan.engines:
+            of = f"{size}/{num}_engines"
+            pause, load, over_tcp = (figures[f"{of}/{name}"] for name in ("shm/pause_ms", "shm/load_ms", "tcp/load_ms"))
+            share = figures[f"{of}/shm/paused_share"]
+            cells = f"{pause:>10.0f}ms{load:>10.0f}ms{share:>12.1%}{over_tcp:>10.0f}ms{plan.period_s:>14.0f} s"
+            lines.append(f"{size:<12}{num:>8}{cells}")
+    for size in PLANS:
+        cpu, rest, peak = (figures[f"{size}/{name}"] for name in ("pack_cpu_s", "engine_rest_mb", "engine_peak_mb"))
+        lines.append(
+            f"{size}: loading and packing {cpu:.2f} CPU s; an engine holds {rest:,.0f} MB, at most {peak:,.0f}"
+        )
+    lines.append(
+        f"wanted of m135: at most {MAX_TRANSPORT:g} x memcpy by shm, under {MAX_PAUSED:.0%} paused at an update in 10 s"
+    )
+    return "\n".join(lines)
