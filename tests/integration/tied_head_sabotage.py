@@ -48,7 +48,7 @@ def _pack_counted(*arguments: Any) -> Any:
 
 
 vllm_plugin.repack_tied_embeddings = _repack_unless_marked
-vllm_plugin.can_prepare = _can_prepare_unless_marked
+vllm_plugin.can_prepare = _can_prepare_unless_marked  # type: ignore[assignment]
 PreparedWeights.exchange = _exchange_counted  # type: ignore[method-assign]
 _custom_ops.create_onednn_mm = _pack_counted
 
