@@ -75,7 +75,7 @@ def _join(address: str, options: Mapping[str, Any]) -> Any:
 
 
 def check_resources(config: Config) -> None:
-    """Raises ConfigError where the machines of the cluster together cannot hold the run's engines and learner ranks."""
+    """Raises ConfigError where the machines of the cluster together cannot hold the run's engines and learner."""
     machines = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     room = [{kind: machine.get(kind, 0.0) for kind in ("CPU", "GPU")} for machine in machines]
     asked = bundles(config)
@@ -85,12 +85,14 @@ def check_resources(config: Config) -> None:
             held = "; ".join(f"{own.get('CPU', 0.0):g} CPUs, {own.get('GPU', 0.0):g} GPUs" for own in machines)
             total = {kind: sum(own.get(kind, 0.0) for own in asked) for kind in ("CPU", "GPU")}
             raise ConfigError(
-                what=f"machines for {config.rollout.replicas} rollout replicas, {config.train.ranks} learner ranks"
+                what=f"machines for {config.rollout.replicas} rollout replicas, "
+                f"{config.train.processes} learner processes"
                 + (" and a teacher" if config.teacher.path is not None else ""),
                 got=f"{len(machines)} in the cluster, with {held}",
-                wanted=f"{total['CPU']:g} CPUs and {total['GPU']:g} GPUs, each replica and rank whole on one machine",
-                remedy="lower rollout.replicas or train.ranks, or the share of each (rollout.cpus_per_replica, "
-                "train.cpus_per_rank, likewise gpus; fractions are allowed), or join a larger cluster",
+                wanted=f"{total['CPU']:g} CPUs and {total['GPU']:g} GPUs, each part whole on one machine",
+                remedy="lower rollout.replicas, train.ranks or train.tensor_parallel, or the share of each "
+                "(rollout.cpus_per_replica, train.cpus_per_rank, likewise gpus; fractions are allowed), or join a "
+                "larger cluster",
             )
         for kind, amount in bundle.items():
             fitting[kind] -= amount
@@ -101,12 +103,12 @@ def _fits(bundle: Mapping[str, float], room: Mapping[str, float]) -> bool:
 
 
 def bundles(config: Config) -> list[dict[str, float]]:
-    """Resources of every rollout engine, then of every learner rank, then of the teacher."""
+    """Resources of every rollout engine, then of every learner process, then of the teacher."""
     rollout, train, teacher = config.rollout, config.train, config.teacher
     engine = _bundle(rollout.cpus_per_replica, rollout.gpus_per_replica)
     rank = _bundle(train.cpus_per_rank, train.gpus_per_rank)
     teachers = [_bundle(teacher.cpus, teacher.gpus)] if teacher.path is not None else []
-    return [engine] * rollout.replicas + [rank] * train.ranks + teachers
+    return [engine] * rollout.replicas + [rank] * train.processes + teachers
 
 
 def reserve(config: Config) -> PlacementGroup:

@@ -1,4 +1,4 @@
-"""The learner: one Ray actor per rank, driven as one."""
+"""The learner: one Ray actor per process, driven as one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlsys.weights.tcp import Source
 
 
 class LearnerActor:
-    """A rank. A plain actor: calls run one after another, in the order in which they were sent."""
+    """A process of the learner. A plain actor: calls run one after another, in the order in which they were sent."""
 
     def __init__(self, rank: int, arguments: dict[str, Any], engine_dtype: str) -> None:
         from rlsys.train.learner import LearnerRank
@@ -72,7 +72,8 @@ class LearnerActor:
         return self._learner.step(batch)
 
     def export(self, segment: str) -> tuple[tuple[TensorEntry, ...], Probe]:
-        """Write the weights (rank 0), and answer the probe (every rank: a collective under ZeRO-3)."""
+        """Write the weights (rank 0), and answer the probe (every rank: a collective under ZeRO-3 and tensor
+        parallel)."""
         writer = self._writer(segment) if self._rank == 0 else None
         self._learner.export(writer.write if writer is not None else _write_nothing)
         entries = writer.finish() if writer is not None else ()
@@ -99,12 +100,13 @@ class RayLearner:
     """The controller's handle on all ranks.
 
     Args:
-        actors: one per rank, in order.
+        actors: one per process, in order.
         version: of the weights that it starts with.
+        tensor_parallel: processes in a row that share a data-parallel rank, and are handed the same microbatches.
     """
 
-    def __init__(self, actors: Sequence[Any], version: Version) -> None:
-        self._actors = list(actors)
+    def __init__(self, actors: Sequence[Any], version: Version, *, tensor_parallel: int = 1) -> None:
+        self._actors, self._tensor_parallel = list(actors), tensor_parallel
         self._version = self._last_good = version
         self._probe: Probe | None = None
 
@@ -135,8 +137,9 @@ class RayLearner:
         await answer(self._actors[0].remove_segments.remote(run), "learner-0", LearnerFailed)
 
     async def step(self, batch: Batch) -> StepReport:
+        parts = [batch.for_rank(index // self._tensor_parallel) for index in range(len(self._actors))]
         metrics = await self._all(
-            "train", [actor.step.remote(batch.for_rank(rank)) for rank, actor in enumerate(self._actors)]
+            "train", [actor.step.remote(part) for actor, part in zip(self._actors, parts, strict=True)]
         )
         self._version = self._version.next()
         return StepReport(version=self._version, metrics=metrics[0])

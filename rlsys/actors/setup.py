@@ -62,7 +62,7 @@ class Built:
 
 
 class _Places:
-    """Hands out the reserved places in their order: engines, learner ranks, the teacher."""
+    """Hands out the reserved places in their order: engines, learner processes, the teacher."""
 
     def __init__(self, group: PlacementGroup) -> None:
         self._group, self._indices = group, count()
@@ -81,7 +81,7 @@ async def build_run(config: Config, inputs: Inputs, sink: RunSink, start: Start,
     version = start.state.version
     place = _Places(reserve(config))
     fleet = RayFleet(dict(_rollout_actors(config, inputs, place)))
-    learner = RayLearner(_learner_actors(config, inputs, place), version)
+    learner = RayLearner(_learner_actors(config, inputs, place), version, tensor_parallel=config.train.tensor_parallel)
     workers = _reward_workers(config, inputs)
     buffer = RayBuffer(
         _actor(BufferActor, "buffer", cpus=0).remote(
@@ -185,7 +185,7 @@ def make_plan(config: Config) -> Plan:
         + max(one_group_s, (rollout.timeout_s + TEACHER_GRACE_S) * (1 + spec.num_members / config.teacher.slots)),
         step_timeout_s=train.timeout_s,
         engine_cores=rollout.gpus_per_replica if is_gpu else rollout.cpus_per_replica,
-        trainer_cores=train.ranks * (train.gpus_per_rank if is_gpu else train.cpus_per_rank),
+        trainer_cores=train.processes * (train.gpus_per_rank if is_gpu else train.cpus_per_rank),
     )
 
 
@@ -265,7 +265,7 @@ def _learner_actors(config: Config, inputs: Inputs, place: _Places) -> list[Any]
             environment=environment,
             place=place.next(),
         ).remote(rank, arguments, config.model.dtype)
-        for rank in range(train.ranks)
+        for rank in range(train.processes)
     ]
 
 

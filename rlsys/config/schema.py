@@ -184,7 +184,9 @@ class RolloutSection(Section):
 
 class TrainSection(Section):
     ranks: Annotated[int, Field(ge=1)] = 1
-    """Data-parallel learner processes."""
+    """Data-parallel learner ranks: each trains its share of a batch."""
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """Processes that share the layers of each rank's model (DeepSpeed's AutoTP); there are ranks times as many."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
     prompts_per_batch: Annotated[int, Field(ge=1)] = 16
@@ -201,6 +203,9 @@ class TrainSection(Section):
     point is a clip set 2 where the key is left out."""
     tokens_per_microbatch: Annotated[int, Field(ge=1)] = 4096
     """Token budget of one forward and backward pass."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each layer, and compute the rest again in the backward pass: less memory, a third more
+    work."""
     lr: Annotated[float, Field(gt=0)] = 1e-5
     """Learning rate."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -224,6 +229,10 @@ class TrainSection(Section):
     linear layers are trained; engines and checkpoints of the run get them merged. null: every weight is trained."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed config entries, passed through."""
+
+    @property
+    def processes(self) -> int:
+        return self.ranks * self.tensor_parallel
 
 
 class CriticSection(Section):

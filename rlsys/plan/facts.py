@@ -133,9 +133,11 @@ def _learner(config: Config) -> str:
     updates = train.steps_per_batch * config.run.steps
     warmup = f", the first {train.warmup_steps} of them warming up" if train.warmup_steps else ""
     short = " (never reaching train.lr)" if train.warmup_steps > updates else ""
+    parts = f" of {train.tensor_parallel} processes each" if train.tensor_parallel > 1 else ""
+    again = ", activations computed again" if train.activation_checkpointing else ""
     what = "" if train.lora is None else f"; adapters {train.lora} on a base that is not trained"
     return (
-        f"learner: {train.ranks} rank{'s' if train.ranks > 1 else ''}, ZeRO stage {train.zero_stage}; "
+        f"learner: {train.ranks} rank{'s' if train.ranks > 1 else ''}{parts}, ZeRO stage {train.zero_stage}{again}; "
         f"{updates} optimizer steps at learning rate {train.lr:g}{warmup}{short}{what}"
     )
 

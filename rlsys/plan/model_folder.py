@@ -60,6 +60,7 @@ def check_model_folder(config: Config, *, is_trained: bool = True) -> ModelFacts
     model = _load_config(folder)
     if is_trained:
         _check_learner_can_train(model_class, tree, model)
+        _check_checkpointing(model_class, config)
     _check_engine_can_serve(folder, model_class, tree)
     _check_files(folder)
     if config.rollout.gpus_per_replica == 0:
@@ -151,6 +152,16 @@ def _check_learner_can_train(model_class: Any, tree: Mapping[str, Any], model: A
             got=f"{name}, whose attention is its own",
             wanted="a class of the installed transformers that takes scaled_dot_product_attention (_supports_sdpa)",
             remedy="choose another model",
+        )
+
+
+def _check_checkpointing(model_class: Any, config: Config) -> None:
+    if config.train.activation_checkpointing and not model_class.supports_gradient_checkpointing:
+        raise ConfigError(
+            "train.activation_checkpointing",
+            got=f"true with {model_class.__name__}",
+            wanted="a class of transformers that can (supports_gradient_checkpointing)",
+            remedy="leave it out, and lower train.tokens_per_microbatch where memory is short",
         )
 
 

@@ -18,6 +18,7 @@ from rlsys.plan.facts import Found
 from rlsys.plan.model_folder import check_model_folder, check_vocabulary, load_tokenizer
 from rlsys.plan.space import is_cluster_named
 from rlsys.plan.teacher import check_teacher
+from rlsys.plan.tensor_parallel import check_tensor_parallel
 from rlsys.prompts.source import PromptSource, default_reward_path, load_questions
 from rlsys.prompts.tasks import EXACT_MATCH
 from rlsys.records import Message
@@ -44,6 +45,7 @@ def check_references(config: Config) -> Found:
     model = check_model_folder(config)
     check_gpus(config)
     rows = check_rows(config)
+    check_tensor_parallel(config)
     data = load_questions(config.data)
     reward = check_reward_function(config, data.split.train[0].fields)
     check_answers(reward, [question.answer for question in (*data.split.train, *data.split.held_out)])

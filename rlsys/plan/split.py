@@ -189,7 +189,7 @@ def cores_of(config: Config) -> Cores:
     kind = "gpus" if is_gpu else "cpus"
     cores = Cores(
         rollout=rollout.replicas * (rollout.gpus_per_replica if is_gpu else rollout.cpus_per_replica),
-        trainer=train.ranks * (train.gpus_per_rank if is_gpu else train.cpus_per_rank),
+        trainer=train.processes * (train.gpus_per_rank if is_gpu else train.cpus_per_rank),
         unit="GPUs" if is_gpu else "cores",
     )
     if cores.rollout > 0 and cores.trainer > 0:

@@ -2,7 +2,7 @@
 
 ::
 
-    layout.json        ranks and ZeRO stage that wrote it (rank 0); read without torch, so before an actor starts
+    layout.json        how it is spread (rank 0); read without torch, so before an actor starts
     deepspeed/         weights, optimizer and learning-rate schedule, as DeepSpeed writes them, every rank its part
     rank_<rank>.pt     torch's generators of each rank, and what else it holds of its own
 """
@@ -28,6 +28,7 @@ class Layout:
 
     ranks: int
     zero_stage: int
+    tensor_parallel: int = 1
 
 
 def saved_layout(folder: Path | str) -> Layout:
@@ -42,7 +43,7 @@ def saved_layout(folder: Path | str) -> Layout:
 def check_layout(folder: Path | str, layout: Layout) -> None:
     """Refuse a learner in ``folder`` that was saved under another layout. Raises ConfigError."""
     saved = saved_layout(folder)
-    for key in ("ranks", "zero_stage"):
+    for key in ("ranks", "tensor_parallel", "zero_stage"):
         got, wanted = getattr(layout, key), getattr(saved, key)
         if got != wanted:
             raise ConfigError(

@@ -20,11 +20,11 @@ _OURS = {
     "gradient_accumulation_steps": "Leave it out: microbatches follow from train.tokens_per_microbatch.",
     "managed_gradient_accumulation": "Leave it out: the learner marks the last microbatch itself.",
     "fp16.enabled": "Use train.deepspeed.bf16: float16's loss scaling skips steps, and skipped steps are no versions.",
-    "tensor_parallel.autotp_size": "Leave it out: the learner is data-parallel.",
+    "tensor_parallel.autotp_size": "Set train.tensor_parallel instead.",
 }
 # DeepSpeed's sections; it takes none of them in another form.
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "optimizer.params", "scheduler", "tensor_parallel")
-_WANTED_WHERE_UNSET = {"fp16.enabled": False, "tensor_parallel.autotp_size": 1, "managed_gradient_accumulation": True}
+_WANTED_WHERE_UNSET = {"fp16.enabled": False, "managed_gradient_accumulation": True}
 
 
 def deepspeed_config(train: TrainSection, *, device: str) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def deepspeed_config(train: TrainSection, *, device: str) -> dict[str, Any]:
         "gradient_clipping": train.max_grad_norm,
         "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": _BUCKET_ELEMENTS},
         "zero_allow_untested_optimizer": True,
+        "tensor_parallel": {"autotp_size": train.tensor_parallel},
         "optimizer": {
             "type": "AdamW",
             "params": {"lr": train.lr, "betas": list(train.betas), "weight_decay": train.weight_decay},

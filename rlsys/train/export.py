@@ -1,9 +1,9 @@
-"""Full weights from a model that ZeRO may have partitioned, one module at a time."""
+"""Full weights from a model that ZeRO and tensor parallel may have cut, one module at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -14,15 +14,17 @@ from transformers.core_model_loading import revert_weight_conversion
 from rlsys.train.lora import base_of, is_adapted, merged
 
 
-def full_weights(model: Any, *, deepspeed: ModuleType, zero_stage: int) -> Iterator[tuple[str, Tensor]]:
+def full_weights(
+    model: Any, *, deepspeed: ModuleType, zero_stage: int, tensor_parallel: int = 1
+) -> Iterator[tuple[str, Tensor]]:
     """Name and full tensor of every weight, in the order of the modules, as the model's files have them.
 
     Files and modules may name and cut weights differently: the experts of a Mixtral are one tensor here, one each in
     its files. Engines and other readers know the files' way.
 
-    A collective under ZeRO-3: every rank runs it to its end. A tensor is valid until the next one is asked for, and may
-    alias the live parameter: copy it. The second name of a tied pair (``lm_head.weight``) is left out. Adapters are
-    merged into the layers that they belong to.
+    A collective under ZeRO-3 and tensor parallel: every rank runs it to its end. A tensor is valid until the next one
+    is asked for, and may alias the live parameter: copy it. The second name of a tied pair (``lm_head.weight``) is left
+    out. Adapters are merged into the layers that they belong to.
     """
     model = base_of(model)
     # what from_pretrained noted: where it changed nothing, there is nothing to revert, and looking for it takes longer
@@ -39,13 +41,28 @@ def full_weights(model: Any, *, deepspeed: ModuleType, zero_stage: int) -> Itera
         if not own:
             continue
         seen.update(id(parameter) for parameter in own.values())
-        gathered: AbstractContextManager[object] = (
-            deepspeed.zero.GatheredParameters(list(own.values())) if zero_stage == 3 else nullcontext()
-        )
-        with gathered, merged(module) if has_adapters else _as_they_are(own) as tensors:
+        with ExitStack() as stack:
+            if zero_stage == 3:
+                stack.enter_context(deepspeed.zero.GatheredParameters(list(own.values())))
+            if tensor_parallel > 1:
+                stack.enter_context(_joined(module, list(own.values())))
+            tensors = stack.enter_context(merged(module) if has_adapters else _as_they_are(own))
             named = {f"{prefix}.{name}" if prefix else name: tensor for name, tensor in tensors.items()}
             yield from (named if is_as_in_files else revert_weight_conversion(model, named)).items()
 
 
 def _as_they_are(own: dict[str, Parameter]) -> AbstractContextManager[dict[str, Tensor]]:
     return nullcontext({name: parameter.data for name, parameter in own.items()})
+
+
+@contextmanager
+def _joined(module: Any, own: Sequence[Parameter]) -> Iterator[None]:
+    """Within, a layer that tensor parallel has cut holds its whole weights. Afterwards it has the very memory that it
+    had: DeepSpeed would cut anew, and the optimizer writes into the old pieces."""
+    from deepspeed.module_inject.layers import GatherReplacedLayerParams
+
+    pieces = [parameter.data for parameter in own]
+    with GatherReplacedLayerParams(list(own), module):
+        yield
+    for parameter, piece in zip(own, pieces, strict=True):
+        parameter.data = piece

@@ -25,11 +25,13 @@ from rlsys.train import parallel
 from rlsys.train.checkpoint import Layout, check_layout
 from rlsys.train.critic import Critic, CriticPlan
 from rlsys.train.deepspeed_config import deepspeed_config
-from rlsys.train.logprobs import TokenLogprobs, token_logprobs
+from rlsys.train.head import LeanHead
+from rlsys.train.logprobs import TokenLogprobs, logprobs_by
 from rlsys.train.lora import base_of, with_adapters
 from rlsys.train.model import load_critic, load_model, save_model
 from rlsys.train.objective import Objective
 from rlsys.train.reference import ReferenceBase, ReferenceCopy
+from rlsys.train.sameness import check_is_same_model, has_plain_head, tried
 from rlsys.train.terms import MovingTerms
 from rlsys.train.trained import Trained
 
@@ -77,6 +79,7 @@ class LearnerRank:
         self._terms = MovingTerms({"kl": objective.kl.term if objective.kl else None, "entropy": objective.entropy})
         self._critic_plan = critic
         self._policy: Any = None  # Trained, once started
+        self._head: LeanHead | None = None
         self._critic: Critic | None = None
         self._reference: ReferenceBase | ReferenceCopy | None = None
         self._rank = 0
@@ -92,6 +95,7 @@ class LearnerRank:
         """Meet the other ranks and bring DeepSpeed up, in the state of ``checkpoint`` where that is given.
 
         Args:
+            rank, world_size: of all processes; ``train.tensor_parallel`` in a row are one data-parallel rank.
             checkpoint: folder of an earlier ``save_checkpoint``; None starts from the model.
 
         Raises:
@@ -100,7 +104,8 @@ class LearnerRank:
             CheckpointDamaged: there is no checkpoint in ``checkpoint``.
         """
         deepspeed_config(self._train, device=self._device)  # refuses before anybody is met
-        layout = Layout(ranks=world_size, zero_stage=self._train.zero_stage)
+        parts = self._train.tensor_parallel
+        layout = Layout(ranks=world_size // parts, zero_stage=self._train.zero_stage, tensor_parallel=parts)
         self._rank = rank
         if checkpoint is not None:
             check_layout(checkpoint, layout)
@@ -112,30 +117,56 @@ class LearnerRank:
             master_addr=master_addr,
             master_port=master_port,
             timeout_s=self._train.timeout_s,
+            tensor_parallel=parts,
         )
-        policy: Any = load_model(self._model_path)
-        if self._train.lora is not None:
-            policy = with_adapters(policy, self._train.lora)
-        self._policy = self._trained(policy, self._train, layout)
+        self._start_policy(layout)
         if self._critic_plan is not None:
             section = self._train.model_copy(update={"lr": self._critic_plan.lr, "warmup_steps": 0})
             own = self._trained(load_critic(self._critic_plan.model_path), section, layout)
             self._critic = Critic(own, self._critic_plan.loss, self._device)
         if self._objective.kl is not None and self._train.lora is not None:
-            self._reference = ReferenceBase(self._policy, self._device)
+            self._reference = ReferenceBase(self._policy, self._head, self._device)
         elif self._objective.kl is not None:
             self._reference = ReferenceCopy(
-                self._model_path, deepspeed=self._deepspeed, device=self._device, zero_stage=layout.zero_stage
+                self._model_path,
+                deepspeed=self._deepspeed,
+                device=self._device,
+                layout=layout,
+                is_lean=self._head is not None,
             )
         if checkpoint is not None:
             self._load(checkpoint)
+
+    def _start_policy(self, layout: Layout) -> None:
+        policy: Any = load_model(self._model_path)
+        if self._train.lora is not None:
+            policy = with_adapters(policy, self._train.lora)
+        vocab_size = base_of(policy).config.get_text_config().vocab_size
+        whole = tried(policy, None, vocab_size=vocab_size, device="cpu")
+        is_lean = has_plain_head(policy, whole)
+        self._policy = self._trained(policy, self._train, layout, whole_logits=not is_lean)
+        if is_lean:
+            self._head = LeanHead(base_of(self._policy.module).get_output_embeddings())
+        if layout.tensor_parallel > 1:
+            cut = tried(self._policy, self._head, vocab_size=vocab_size, device=self._device)
+            check_is_same_model(cut, whole, self._train)
 
     @property
     def _refresh_steps(self) -> int:
         return self._objective.kl.refresh_steps if self._objective.kl is not None else 0
 
-    def _trained(self, module: torch.nn.Module, train: TrainSection, layout: Layout) -> Trained:
-        return Trained(module, train, deepspeed=self._deepspeed, device=self._device, rank=self._rank, layout=layout)
+    def _trained(self, module: Any, train: TrainSection, layout: Layout, *, whole_logits: bool = False) -> Trained:
+        if train.activation_checkpointing:
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+        return Trained(
+            module,
+            train,
+            deepspeed=self._deepspeed,
+            device=self._device,
+            rank=self._rank,
+            layout=layout,
+            whole_logits=whole_logits,
+        )
 
     def _load(self, checkpoint: str) -> None:
         if self._critic is not None:
@@ -153,7 +184,7 @@ class LearnerRank:
             self._critic.trained.destroy()
         if self._policy is not None:
             self._policy.destroy()
-        self._policy = self._critic = self._reference = None
+        self._policy = self._head = self._critic = self._reference = None
         parallel.leave(self._deepspeed)
 
     def step(self, batch: RankBatch) -> dict[str, float]:
@@ -337,14 +368,11 @@ class LearnerRank:
         candidate_ids: Tensor | None = None,
         entropy_gradient: bool = False,
     ) -> TokenLogprobs:
-        """No attention mask is given: transformers then derives it from the restarting positions (a mask of ones
-        would let packed samples see one another)."""
-        token_ids, position_ids = token_ids.to(self._device), position_ids.to(self._device)
-        logits = self._policy(input_ids=token_ids, position_ids=position_ids, use_cache=False).logits
-        return token_logprobs(
-            logits,
-            token_ids,
-            position_ids,
+        return logprobs_by(
+            self._policy,
+            self._head,
+            token_ids.to(self._device),
+            position_ids.to(self._device),
             temperature=temperature,
             candidate_ids=None if candidate_ids is None else candidate_ids.to(self._device),
             entropy_gradient=entropy_gradient,

@@ -1,15 +1,18 @@
-"""Log-probabilities of the tokens that stand there, from logits. The one place of the shift by one.
+"""Log-probabilities of the tokens that stand there, by a model. The one place of the shift by one.
 
 Legend: R rows, L tokens of a row, N = R x L, V vocabulary, K candidates at a place, M = 1 + K tokens looked up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlsys.train.head import LeanHead
 
 _CHUNK_ELEMENTS = 1 << 23  # 32 MiB of float32 per temporary: small beside logits worth cutting, large beside a call
 
@@ -27,6 +30,39 @@ class TokenLogprobs:
     logprobs: Tensor
     entropy: Tensor
     candidate_logprobs: Tensor
+
+
+def logprobs_by(
+    forward: Callable[..., Any],
+    head: LeanHead | None,
+    token_ids: Tensor,
+    position_ids: Tensor,
+    *,
+    temperature: float,
+    candidate_ids: Tensor | None = None,
+    entropy_gradient: bool = False,
+) -> TokenLogprobs:
+    """What ``forward``, a causal language model of transformers, says of the tokens.
+
+    No attention mask is given: transformers then derives it from the restarting positions (a mask of ones would let
+    packed samples see one another).
+
+    Args:
+        head: of that model, where it is lean; None: from whole logits. The others as of ``token_logprobs``.
+    """
+    if head is None:
+        logits = forward(input_ids=token_ids, position_ids=position_ids, use_cache=False).logits
+        return token_logprobs(
+            logits,
+            token_ids,
+            position_ids,
+            temperature=temperature,
+            candidate_ids=candidate_ids,
+            entropy_gradient=entropy_gradient,
+        )
+    with head.looking_up(_targets(token_ids, candidate_ids), temperature, entropy_gradient):
+        answers = forward(input_ids=token_ids, position_ids=position_ids, use_cache=False).logits
+    return _at_their_tokens(answers[..., :-1], answers[..., -1], position_ids)
 
 
 def token_logprobs(
@@ -53,21 +89,28 @@ def token_logprobs(
     """
     assert logits.ndim == 3 and logits.shape[:2] == token_ids.shape == position_ids.shape, f"{logits.shape}"
     assert temperature > 0.0, f"temperature={temperature}"
-    num_rows, length, vocabulary = logits.shape
+    logprobs_NM, entropy_N = _TargetLogprobs.apply(
+        logits.flatten(0, 1), _targets(token_ids, candidate_ids).flatten(0, 1), temperature, entropy_gradient
+    )
+    return _at_their_tokens(
+        logprobs_NM.unflatten(0, token_ids.shape), entropy_N.unflatten(0, token_ids.shape), position_ids
+    )
+
+
+def _targets(token_ids: Tensor, candidate_ids: Tensor | None) -> Tensor:
+    """[R, L, M], at each token those that are looked up in what the model says there: the next one, its candidates."""
     looked_up = token_ids.unsqueeze(2)
     if candidate_ids is not None:
         assert candidate_ids.shape[:2] == token_ids.shape, f"{candidate_ids.shape}"
         looked_up = torch.cat([looked_up, candidate_ids], dim=2)
-    targets_NM = torch.roll(looked_up, -1, dims=1).flatten(0, 1)
-    logprobs_NM, entropy_N = _TargetLogprobs.apply(
-        logits.reshape(-1, vocabulary), targets_NM, temperature, entropy_gradient
-    )
+    return torch.roll(looked_up, -1, dims=1)
+
+
+def _at_their_tokens(logprobs_RLM: Tensor, entropy_RL: Tensor, position_ids: Tensor) -> TokenLogprobs:
     begins = position_ids == 0
-    aligned = align(logprobs_NM.reshape(num_rows, length, -1), begins)
+    aligned = align(logprobs_RLM, begins)
     return TokenLogprobs(
-        logprobs=aligned[..., 0],
-        entropy=align(entropy_N.reshape(num_rows, length), begins),
-        candidate_logprobs=aligned[..., 1:],
+        logprobs=aligned[..., 0], entropy=align(entropy_RL, begins), candidate_logprobs=aligned[..., 1:]
     )
 
 

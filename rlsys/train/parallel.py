@@ -1,6 +1,9 @@
 """Everything in which learner ranks talk to one another. DeepSpeed's own collectives aside, the only ones are here.
 
 Every function is a collective: all ranks call it in the same order, or all of them wait until the deadline.
+
+Under tensor parallel, N processes in a row share one data-parallel rank: its model, its microbatches. Sums are over the
+data-parallel ranks, so that what N processes hold alike counts once; flags are over all processes.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlsys.algo.measures import Measure
+
+_data_group: Any = None  # processes with the same part of the model; None: all. Set by join, like torch's own groups
 
 
 def load_deepspeed(device: str) -> ModuleType:
@@ -44,8 +49,15 @@ def join(
     master_addr: str,
     master_port: int,
     timeout_s: float,
+    tensor_parallel: int = 1,
 ) -> None:
-    """Meet the other ranks at ``master_addr:master_port``. Raises torch's DistStoreError where they do not come."""
+    """Meet the other ranks at ``master_addr:master_port``. Raises torch's DistStoreError where they do not come.
+
+    Args:
+        rank, world_size: of all processes.
+        tensor_parallel: processes in a row that share a data-parallel rank; divides ``world_size``.
+    """
+    global _data_group
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK="0",  # each rank is shown its own device only
@@ -61,44 +73,50 @@ def join(
         verbose=False,
         timeout=timedelta(seconds=timeout_s),
     )
+    if tensor_parallel > 1:
+        alike = [list(range(part, world_size, tensor_parallel)) for part in range(tensor_parallel)]
+        _data_group, _ = dist.new_subgroups_by_enumeration(alike, timeout=timedelta(seconds=timeout_s))
 
 
 def leave(deepspeed: ModuleType) -> None:
     """Part from the other ranks; ``join`` may follow, with a new port."""
+    global _data_group
+    _data_group = None
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
 
 
 def on_any_rank(flag: bool, device: str) -> bool:
-    """Whether ``flag`` is set on at least one rank."""
+    """Whether ``flag`` is set in at least one process."""
     flags = torch.tensor([float(flag)], device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())
 
 
 def total(numbers: Tensor, device: str) -> Tensor:
-    """The sum over all ranks, of a tensor that has the same shape on each."""
+    """The sum over all data-parallel ranks, of a tensor that has the same shape on each."""
     result = numbers.detach().to(device, copy=True)
-    dist.all_reduce(result, op=dist.ReduceOp.SUM)
+    dist.all_reduce(result, op=dist.ReduceOp.SUM, group=_data_group)
     return result.to(numbers.device)
 
 
 def gathered(numbers: Tensor) -> Tensor:
-    """The numbers of all ranks one after another, of 1-D tensors that may differ in length."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, numbers.detach().cpu())
+    """The numbers of all data-parallel ranks one after another, of 1-D tensors that may differ in length."""
+    parts: list[Any] = [None] * dist.get_world_size(_data_group)
+    dist.all_gather_object(parts, numbers.detach().cpu(), group=_data_group)
     return torch.cat(parts).to(numbers.device)
 
 
 def reduce(measures: Mapping[str, Measure], device: str) -> dict[str, float]:
-    """The metrics over all ranks; one that nothing was measured for is left out. Every rank has the same names."""
+    """The metrics over all data-parallel ranks; one that nothing was measured for is left out. Every rank has the same
+    names."""
     result: dict[str, float] = {}
     for combine, operation in (("sum", dist.ReduceOp.SUM), ("max", dist.ReduceOp.MAX)):
         chosen = {name: measure for name, measure in sorted(measures.items()) if measure.combine == combine}
         if not chosen:
             continue
         numbers = torch.cat([measure.numbers for measure in chosen.values()]).to(device)
-        dist.all_reduce(numbers, op=operation)
+        dist.all_reduce(numbers, op=operation, group=_data_group)
         sizes = [measure.numbers.numel() for measure in chosen.values()]
         for (name, measure), own in zip(chosen.items(), numbers.split(sizes), strict=True):
             value = type(measure)(own).value()

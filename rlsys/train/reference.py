@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from rlsys.batch.tensors import Microbatch
-from rlsys.train.logprobs import token_logprobs
+from rlsys.train.checkpoint import Layout
+from rlsys.train.head import LeanHead
+from rlsys.train.logprobs import logprobs_by
 from rlsys.train.model import load_model
 from rlsys.train.trained import Trained
 
@@ -21,43 +23,56 @@ _KEEPING_WHOLE = ("stage3_param_persistence_threshold", "stage3_max_live_paramet
 
 
 class ReferenceBase:
-    """The base of a policy that is adapters: the policy with its adapters switched off. Nothing is copied."""
+    """The base of a policy that is adapters: the policy with its adapters switched off. Nothing is copied.
 
-    def __init__(self, policy: Trained, device: str) -> None:
-        self._policy, self._device = policy, device
+    Args:
+        head: the policy's, where it is lean.
+    """
+
+    def __init__(self, policy: Trained, head: LeanHead | None, device: str) -> None:
+        self._policy, self._head, self._device = policy, head, device
 
     def logprobs(self, microbatch: Microbatch, temperature: float) -> Tensor:
-        """[R, L], of the tokens that stand there, under the temperature of the policy. A collective under ZeRO-3."""
+        """[R, L], of the tokens that stand there, under the temperature of the policy. A collective under ZeRO-3
+        and tensor parallel."""
         with self._policy.module.disable_adapter():
-            return _logprobs(self._policy, microbatch, temperature, self._device)
+            return _logprobs(self._policy, self._head, microbatch, temperature, self._device)
 
     def destroy(self) -> None:
         """Nothing of it is its own."""
 
 
 class ReferenceCopy:
-    """A copy of the model of the start, on every rank; under ZeRO-3 cut into shards as the policy is.
+    """A copy of the model of the start, on every rank; under ZeRO-3 and tensor parallel cut as the policy is.
 
     Args:
         model_path: Hugging Face folder.
+        layout: of the policy.
+        is_lean: whether the policy's head is.
     """
 
-    def __init__(self, model_path: str, *, deepspeed: ModuleType, device: str, zero_stage: int) -> None:
+    def __init__(self, model_path: str, *, deepspeed: ModuleType, device: str, layout: Layout, is_lean: bool) -> None:
         self._device = device
         module = load_model(model_path).eval().requires_grad_(False)
         self._engine: Any = None
         self._forward: Any = module.to(device)
-        if zero_stage == 3:
-            # no parameter is kept whole between forward passes: ``become`` and ``restore`` write into shards alone
-            zero = {"stage": 3, **dict.fromkeys(_KEEPING_WHOLE, 0)}
-            settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+        if layout.zero_stage == 3 or layout.tensor_parallel > 1:
+            parts: dict[str, Any] = {"autotp_size": layout.tensor_parallel}
+            if not is_lean:
+                parts["vocab_parallel_lm_head"] = False
+            settings: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "tensor_parallel": parts}
+            if layout.zero_stage == 3:
+                # no parameter is kept whole between forward passes: ``become`` and ``restore`` write into shards alone
+                settings["zero_optimization"] = {"stage": 3, **dict.fromkeys(_KEEPING_WHOLE, 0)}
             self._engine, *_ = deepspeed.initialize(model=module, config=settings)
             self._forward = self._engine
+        self._head = LeanHead(module.get_output_embeddings()) if is_lean else None
         self._parameters = list(module.parameters())
 
     def logprobs(self, microbatch: Microbatch, temperature: float) -> Tensor:
-        """[R, L], of the tokens that stand there, under the temperature of the policy. A collective under ZeRO-3."""
-        return _logprobs(self._forward, microbatch, temperature, self._device)
+        """[R, L], of the tokens that stand there, under the temperature of the policy. A collective under ZeRO-3
+        and tensor parallel."""
+        return _logprobs(self._forward, self._head, microbatch, temperature, self._device)
 
     def become(self, policy: torch.nn.Module) -> None:
         """Take over the policy's weights, each rank its own part."""
@@ -75,15 +90,16 @@ class ReferenceCopy:
     def destroy(self) -> None:
         if self._engine is not None:
             self._engine.destroy()
-        self._engine = self._forward = None
+        self._engine = self._forward = self._head = None
         self._parameters = []
 
 
 @torch.no_grad()
-def _logprobs(forward: Callable[..., Any], microbatch: Microbatch, temperature: float, device: str) -> Tensor:
+def _logprobs(
+    forward: Callable[..., Any], head: LeanHead | None, microbatch: Microbatch, temperature: float, device: str
+) -> Tensor:
     token_ids, positions = microbatch.token_ids.to(device), microbatch.position_ids.to(device)
-    logits = forward(input_ids=token_ids, position_ids=positions, use_cache=False).logits
-    return token_logprobs(logits, token_ids, positions, temperature=temperature).logprobs
+    return logprobs_by(forward, head, token_ids, positions, temperature=temperature).logprobs
 
 
 def _part(parameter: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class Trained:
         module: a model of transformers.
         train: the learner's section of the configuration; learning rate and warm-up are of this module.
         layout: how it is spread over ranks.
+        whole_logits: whether every process needs the logits of the whole vocabulary; else it may have its part of them.
     """
 
     def __init__(
@@ -39,9 +40,12 @@ class Trained:
         device: str,
         rank: int,
         layout: Layout,
+        whole_logits: bool = False,
     ) -> None:
         self._deepspeed, self._device, self._rank, self._layout = deepspeed, device, rank, layout
         config = deepspeed_config(train, device=device)
+        if whole_logits:
+            config["tensor_parallel"]["vocab_parallel_lm_head"] = False
         warm_up = functools.partial(_learning_rate_factor, warmup_steps=train.warmup_steps)
         schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=warm_up)
         self._engine, *_ = deepspeed.initialize(
@@ -84,8 +88,7 @@ class Trained:
             Diverged: on every rank alike, before the weights take up a gradient that is not finite.
         """
         if self._layout.zero_stage == 0:
-            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
+            norm = self._gradient_norm()
             self.refuse_unless_finite(math.isfinite(norm), "the gradient norm", version)
             self._engine.step()
             return norm
@@ -95,6 +98,21 @@ class Trained:
         self.refuse_unless_finite(not is_left_out and math.isfinite(norm), "the gradient norm", version)
         return norm
 
+    def _gradient_norm(self) -> float:
+        """Of the whole gradient: a rank has its pieces of what tensor parallel cuts, and all of the rest."""
+        pieces: list[Tensor] = []
+        whole: list[Tensor] = []
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                is_piece = getattr(parameter, "tensor_model_parallel", False)
+                (pieces if is_piece else whole).append(parameter.grad)
+        norm_of_whole = torch.nn.utils.get_total_norm(whole)
+        if self._layout.tensor_parallel == 1:
+            return float(norm_of_whole)
+        square_of_pieces = torch.nn.utils.get_total_norm(pieces).square()
+        torch.distributed.all_reduce(square_of_pieces, group=self._engine.mpu.get_tensor_model_parallel_group())
+        return float((norm_of_whole.square() + square_of_pieces).sqrt())
+
     def refuse_unless_finite(self, is_finite: bool, quantity: str, version: Version) -> None:
         """Raises Diverged on every rank, where one of them has met what is not finite."""
         if parallel.on_any_rank(not is_finite, self._device):
@@ -102,7 +120,12 @@ class Trained:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See ``full_weights``."""
-        return full_weights(self.module, deepspeed=self._deepspeed, zero_stage=self._layout.zero_stage)
+        return full_weights(
+            self.module,
+            deepspeed=self._deepspeed,
+            zero_stage=self._layout.zero_stage,
+            tensor_parallel=self._layout.tensor_parallel,
+        )
 
     def save(self, folder: str, own: Mapping[str, Any]) -> None:
         """See ``save_state``."""

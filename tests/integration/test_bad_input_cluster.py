@@ -36,10 +36,10 @@ def test_more_workers_than_the_cluster_holds_are_refused_before_one_starts(tmp_p
     )
     assert refusal is not None, ended.stderr
     what, got, wanted, remedy = refusal.groups()
-    assert what == "machines for 300 rollout replicas, 3 learner ranks"
+    assert what == "machines for 300 rollout replicas, 3 learner processes"
     assert re.fullmatch(r"1 in the cluster, with \d+ CPUs, \d+ GPUs", got)
-    assert wanted == "601.5 CPUs and 0 GPUs, each replica and rank whole on one machine"
-    assert "lower rollout.replicas or train.ranks" in remedy and "larger cluster" in remedy
+    assert wanted == "601.5 CPUs and 0 GPUs, each part whole on one machine"
+    assert "lower rollout.replicas, train.ranks or train.tensor_parallel" in remedy and "larger cluster" in remedy
     # no actor was started and no batch trained: the same folder serves again
     log = (tmp_path / "crowded" / "log.txt").read_text()
     assert "starting the rollout engines" not in log

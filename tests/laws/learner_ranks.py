@@ -131,7 +131,7 @@ def train_rank(
     diverged = None
     try:
         learner.start(rank, world_size, "127.0.0.1", port)
-        assert learner.vocab_size == VOCABULARY
+        assert learner.vocab_size >= VOCABULARY
         learner.export(lambda name, tensor: before.update({name: tensor.float().numpy().copy()}))
         try:
             metrics.extend(learner.step(batch) for batch in batches)
@@ -147,13 +147,13 @@ def train_rank(
 
 
 class Ranks:
-    """Up to two processes, each of which runs what it is sent; imports are paid once."""
+    """Up to ``number`` processes, each of which runs what it is sent; imports are paid once."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 2) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
         context = mp.get_context("spawn")
         self._pipes, self._processes = [], []
-        for _ in range(2):
+        for _ in range(number):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there,), daemon=True)
             process.start()
@@ -161,12 +161,13 @@ class Ranks:
             self._processes.append(process)
 
     def run(self, world_size: int, batches: Callable[[int], Sequence[RankBatch]], **keys: Any) -> list[Outcome]:
-        """``train_rank`` on ``world_size`` processes at once; ``batches(rank)`` is what each trains."""
+        """``train_rank`` on ``world_size`` processes at once; ``batches(rank)``: what a data-parallel rank trains."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        parts = keys["train"].tensor_parallel  # processes in a row that are one data-parallel rank
         for rank, pipe in enumerate(self._pipes[:world_size]):
-            pipe.send(dict(rank=rank, world_size=world_size, port=port, batches=batches(rank), **keys))
+            pipe.send(dict(rank=rank, world_size=world_size, port=port, batches=batches(rank // parts), **keys))
         return [self._receive(rank) for rank in range(world_size)]
 
     def stop(self) -> None:

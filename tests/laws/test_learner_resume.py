@@ -91,7 +91,7 @@ def live(
                     fail_to_save(learner, save_to, max_file_bytes.get(rank))
                 learner.save_checkpoint(save_to)
                 drawn = torch.rand(3).tolist()
-            metrics.append(learner.step(batch.for_rank(rank)))
+            metrics.append(learner.step(batch.for_rank(rank // train.tensor_parallel)))
         learner.export(lambda name, tensor: weights.update({name: tensor.float().numpy().copy()}))
     finally:
         learner.stop()
@@ -207,6 +207,21 @@ def test_a_learner_goes_on_from_its_checkpoint_bit_for_bit(
     done = [(index + 1) * steps_per_batch for index in range(6)]
     assert [own["actor/lr"] for own in whole[0].metrics] == [LR * min(1.0, step / WARMUP_STEPS) for step in done]
     assert ranks == 1 or whole[0].drawn != whole[1].drawn
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_a_learner_whose_layers_are_cut_goes_on_bit_for_bit(lives, model_path, tmp_path, zero_stage):
+    train = adamw(zero_stage, 1).model_copy(update={"tensor_parallel": 2})
+    batches, folder = six_batches(1, 2)[:4], str(tmp_path / "learner")
+    whole = lives(2, model_path, train, batches, save_after=2, save_to=folder)
+    resumed = lives(2, model_path, train, batches[2:], checkpoint=folder)
+    for mine, theirs in zip(resumed, whole, strict=True):
+        assert mine.metrics == theirs.metrics[2:] and mine.drawn == theirs.drawn
+    for name, weight in whole[0].weights.items():
+        assert np.array_equal(resumed[0].weights[name], weight), name
+    with pytest.raises(ConfigError) as caught:
+        check_layout(folder, Layout(ranks=1, zero_stage=zero_stage))
+    assert (caught.value.what, caught.value.got) == ("train.tensor_parallel", "1")
 
 
 def test_a_checkpoint_is_the_state_and_nothing_else(lives, model_path, tmp_path):

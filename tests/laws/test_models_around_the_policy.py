@@ -30,7 +30,9 @@ VERSION = Version(incarnation=0, step=7)
 EXACT = 1e-5
 MEASURED = {"actor/pg_loss", "actor/kl_loss", "critic/vf_loss", "critic/kl", "teacher/reverse_kl"}
 PLAIN = Objective(loss=POLICY_LOSSES["reinforce"], correction=CORRECTIONS["none"])
-LAYOUTS = ((1, 0, 4096), (1, 0, 64), (2, 2, 64), (2, 3, 150))  # ranks, ZeRO stage, token budget
+# data-parallel ranks, ZeRO stage, token budget, processes of tensor parallel
+LAYOUTS = ((1, 0, 4096, 1), (1, 0, 64, 1), (2, 2, 64, 1), (2, 3, 150, 1))
+CUT = ((1, 0, 64, 2), (1, 3, 150, 2))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def run(
     ranks: Ranks,
     model_path: str,
     samples: Sequence[Sample],
-    layout: tuple[int, int, int],
+    layout: tuple[int, int, int, int],
     objective: Objective,
     *,
     critic: CriticPlan | None = None,
@@ -64,11 +66,11 @@ def run(
     **keys,
 ) -> Outcome:
     """Rank 0's outcome of the same batch trained ``batches`` times, one version after another."""
-    world_size, zero_stage, budget = layout
+    num_ranks, zero_stage, budget, parts = layout
     packed = [
         pack(
             samples,
-            ranks=world_size,
+            ranks=num_ranks,
             steps_per_batch=steps,
             tokens_per_microbatch=budget,
             pad_token_id=3,
@@ -76,11 +78,12 @@ def run(
         )
         for index in range(batches)
     ]
+    keys_of_section = {"lr": lr, "steps_per_batch": steps, "tensor_parallel": parts, **(section_keys or {})}
     outcomes = ranks.run(
-        world_size,
+        num_ranks * parts,
         lambda rank: [batch.for_rank(rank) for batch in packed],
         model_path=model_path,
-        train=section(zero_stage, world_size, lr=lr, steps_per_batch=steps, **(section_keys or {})),
+        train=section(zero_stage, num_ranks, **keys_of_section),
         objective=objective,
         critic=critic,
         **keys,
@@ -125,7 +128,8 @@ def test_gradient_is_the_same_in_any_layout(ranks, model_path, samples, kind):
     """Two batches of two steps: the second one sees a critic that has learnt, and a policy away from its reference."""
     critic = critic_plan(model_path) if kind == "critic" else None
     outcomes = [
-        run(ranks, model_path, samples, layout, KINDS[kind], critic=critic, batches=2, steps=2) for layout in LAYOUTS
+        run(ranks, model_path, samples, layout, KINDS[kind], critic=critic, batches=2, steps=2)
+        for layout in (*LAYOUTS, *CUT)
     ]
     first = change(outcomes[0])
     for outcome in outcomes[1:]:
@@ -220,7 +224,7 @@ def test_ppo_is_gae_and_two_losses(ranks, model_path, samples):
         ranks,
         model_path,
         samples,
-        (2, 2, 64),
+        (2, 2, 64, 1),
         objective,
         critic=critic_plan(model_path, lr=critic_lr),
         batches=2,
@@ -234,9 +238,9 @@ def test_ppo_is_gae_and_two_losses(ranks, model_path, samples):
 
 def test_the_critic_learns_alone_while_it_warms_up(ranks, model_path, samples):
     plan = critic_plan(model_path, warmup_steps=VERSION.step + 1)  # the first of the two batches
-    outcome = run(ranks, model_path, samples, (1, 0, 4096), PPO, critic=plan)
+    outcome = run(ranks, model_path, samples, (1, 0, 4096, 1), PPO, critic=plan)
     assert all(np.array_equal(outcome.before[name], outcome.after[name]) for name in outcome.before)
-    both = run(ranks, model_path, samples, (1, 0, 4096), PPO, critic=plan, batches=2)
+    both = run(ranks, model_path, samples, (1, 0, 4096, 1), PPO, critic=plan, batches=2)
     first, second = both.metrics
     assert "actor/grad_norm" not in first and second["actor/grad_norm"] > 0.0
     assert second["critic/vf_loss"] < first["critic/vf_loss"]
@@ -247,16 +251,16 @@ def test_the_critic_learns_alone_while_it_warms_up(ranks, model_path, samples):
 
 def test_divergence_from_the_reference_is_nothing_until_the_policy_moves(ranks, model_path, samples):
     objective = replace(PLAIN, kl=kl("k3", "loss", coef=0.1))
-    outcome = run(ranks, model_path, samples, (2, 3, 64), objective, batches=3)
+    outcome = run(ranks, model_path, samples, (2, 3, 64, 1), objective, batches=3)
     first, second, third = (metrics["actor/kl_loss"] for metrics in outcome.metrics)
     assert first == pytest.approx(0.0, abs=1e-6) and second > 1e-3 and third > 1e-3
     assert [metrics["actor/kl_coef"] for metrics in outcome.metrics] == [0.1, 0.1, 0.1]
 
 
-@pytest.mark.parametrize("zero_stage", [0, 3])
-def test_a_refreshed_reference_is_the_policy_again(ranks, model_path, samples, zero_stage):
+@pytest.mark.parametrize("layout", [(2, 0, 64, 1), (2, 3, 64, 1), *CUT])
+def test_a_refreshed_reference_is_the_policy_again(ranks, model_path, samples, layout):
     divergence = replace(kl("k3", "loss"), refresh_steps=2)  # after steps 8 and 10: before the second and fourth batch
-    outcome = run(ranks, model_path, samples, (2, zero_stage, 64), replace(PLAIN, kl=divergence), batches=4)
+    outcome = run(ranks, model_path, samples, layout, replace(PLAIN, kl=divergence), batches=4)
     values = [metrics["actor/kl_loss"] for metrics in outcome.metrics]
     assert values[1] == pytest.approx(0.0, abs=1e-6) and values[3] == pytest.approx(0.0, abs=1e-6)
     assert values[2] > 1e-3
@@ -267,7 +271,7 @@ def test_the_weight_of_the_divergence_moves_towards_its_target(ranks, model_path
 
     control = partial(COEFFICIENTS["adaptive_kl"], target=1e-3, horizon=float(len(samples)))
     divergence = Divergence(estimator=KL_ESTIMATORS["k2"], term=Term(coef=0.1, control=control))
-    outcome = run(ranks, model_path, samples, (1, 0, 4096), replace(PLAIN, kl=divergence), batches=3)
+    outcome = run(ranks, model_path, samples, (1, 0, 4096, 1), replace(PLAIN, kl=divergence), batches=3)
     # nothing to measure in the first batch, so a fifth off; far too much in the second, so a fifth more
     coefs = [metrics["actor/kl_coef"] for metrics in outcome.metrics]
     assert coefs == pytest.approx([0.1, 0.08, 0.096])
@@ -278,7 +282,7 @@ def test_the_weight_of_the_divergence_moves_towards_its_target(ranks, model_path
 
 def test_a_teacher_alone_pulls_the_policy_to_its_candidates(ranks, model_path, samples):
     objective = replace(PLAIN, teaching=Teaching(top_k=3, coef=1.0, with_reward=False))
-    outcome = run(ranks, model_path, samples, (1, 0, 4096), objective, batches=6, lr=0.2)
+    outcome = run(ranks, model_path, samples, (1, 0, 4096, 1), objective, batches=6, lr=0.2)
     divergences = [metrics["teacher/reverse_kl"] for metrics in outcome.metrics]
     assert all(later < earlier for earlier, later in zip(divergences[:-1], divergences[1:], strict=True))
     assert outcome.metrics[0]["actor/pg_loss"] == 0.0
@@ -286,7 +290,7 @@ def test_a_teacher_alone_pulls_the_policy_to_its_candidates(ranks, model_path, s
 
 def test_a_teachers_word_on_sampled_tokens_is_taken_off_the_advantages(ranks, model_path, samples):
     teaching = Teaching(top_k=0, coef=0.5, with_reward=True)
-    outcome = run(ranks, model_path, samples, (2, 0, 64), replace(PLAIN, teaching=teaching))
+    outcome = run(ranks, model_path, samples, (2, 0, 64, 1), replace(PLAIN, teaching=teaching))
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     advantages = []
     for sample in samples:

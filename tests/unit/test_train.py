@@ -114,7 +114,7 @@ def test_what_the_user_passes_is_merged_and_an_optimizer_replaces_ours_whole():
         ({"train_batch_size": 8}, "train.deepspeed.train_batch_size", "train.prompts_per_batch"),
         ({"gradient_accumulation_steps": 4}, "train.deepspeed.gradient_accumulation_steps", "tokens_per_microbatch"),
         ({"fp16": {"enabled": True}}, "train.deepspeed.fp16.enabled", "bf16"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "train.deepspeed.tensor_parallel.autotp_size", "data-parallel"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "train.deepspeed.tensor_parallel.autotp_size", "tensor_parallel"),
         ({"managed_gradient_accumulation": False}, "train.deepspeed.managed_gradient_accumulation", "Leave it out"),
     ],
 )

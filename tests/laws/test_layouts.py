@@ -1,0 +1,125 @@
+"""Law 4: a step is the same in every layout, on many kinds of models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import docs.layouts
+from rlsys.algo.advantages import grpo
+from rlsys.algo.catalogue import NOTHING
+from rlsys.batch.build import build
+from rlsys.plan.tensor_parallel import STYLES
+from tests.laws.layouts import LAYOUTS, MODELS, Layout, Steps, can_run
+from tests.laws.learner_ranks import Ranks, make_groups, section
+from tests.laws.test_gradient import (
+    EXACT,
+    KINDS_OF_ROWS,
+    OLDEST_STEP,
+    VERSION,
+    gradient_of,
+    packed,
+    reference_logprobs,
+    relative_difference,
+)
+
+pytestmark = pytest.mark.engines
+
+# Every layout on every other model, and every model in every other layout; ``python -m docs.layouts`` takes them all.
+CASES = [
+    (layout, model)
+    for row, layout in enumerate(LAYOUTS)
+    for column, model in enumerate(MODELS)
+    if (row + column) % 2 == 0 and can_run(MODELS[model], LAYOUTS[layout])
+]
+
+
+@pytest.fixture(scope="module")
+def steps(ranks, tmp_path_factory) -> Iterator[Steps]:
+    four = Ranks(4)
+    yield Steps(ranks, four, tmp_path_factory.mktemp("models"))
+    four.stop()
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
+def test_a_step_is_the_same_in_every_layout(steps, layout, model):
+    difference = steps.difference(model, LAYOUTS[layout])
+    assert difference.loss <= EXACT and difference.norm <= EXACT and difference.gradient <= EXACT, difference
+
+
+def test_the_table_of_layouts_has_their_rows_and_columns_and_keeps_the_law():
+    head, *rows = docs.layouts.read_table()
+    assert head == ["layout", *MODELS]
+    assert [name for name, *_ in rows] == list(LAYOUTS)
+    for name, *cells in rows:
+        for model, cell in zip(MODELS.values(), cells, strict=True):
+            assert (cell != NOTHING) == can_run(model, LAYOUTS[name])
+            assert cell == NOTHING or 0.0 < float(cell) <= EXACT
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_process_without_attention_heads_changes_nothing(steps, zero_stage):
+    """One key-value head, two processes."""
+    layout = Layout(tensor_parallel=2, zero_stage=zero_stage)
+    assert steps.difference("Gemma, one key-value head", layout).worst <= EXACT
+
+
+@pytest.mark.parametrize("kind", ["batch loss", "rejection", "prompts"])
+def test_what_looks_at_the_whole_batch_sees_each_rank_once(steps, model_path, kind):
+    """Two ranks of two processes each, against one process: counts, statistics and metrics over ranks."""
+    samples = build(make_groups(VERSION), advantage=grpo, oldest_step=OLDEST_STEP, correct_at=1.0)
+    one, four = (
+        processes.run(
+            num_ranks * parts,
+            packed(samples, num_ranks, 64, steps=2),
+            model_path=model_path,
+            train=section(zero_stage, num_ranks, tensor_parallel=parts, lr=1.0, steps_per_batch=2),
+            objective=KINDS_OF_ROWS[kind],
+        )
+        for processes, num_ranks, parts, zero_stage in ((steps.pair, 1, 1, 0), (steps.four, 2, 2, 2))
+    )
+    assert relative_difference(gradient_of(four[0], lr=1.0), gradient_of(one[0], lr=1.0)) <= 10 * EXACT
+    (wanted,) = one[0].metrics
+    for outcome in four:
+        (metrics,) = outcome.metrics
+        assert metrics.keys() == wanted.keys()
+        for name in metrics.keys() - {name for name in metrics if name.startswith("timing_s/")}:
+            assert metrics[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize(("model", "zero_stage"), [("Llama", 1), ("Qwen2 tied", 3), ("Gemma 2", 2)])
+def test_what_leaves_a_cut_model_is_the_whole_one(ranks, steps, tmp_path, model, zero_stage):
+    samples = build(make_groups(VERSION), advantage=grpo, oldest_step=OLDEST_STEP, correct_at=1.0)
+    once = packed(samples, 1, 64)
+    outcomes = ranks.run(
+        2,
+        lambda rank: once(rank) * 2,
+        model_path=steps.path(model),
+        train=section(zero_stage, 1, tensor_parallel=2, lr=0.25),
+        probe=[samples[0].token_ids_T],
+        save_to=str(tmp_path),
+    )
+    initial, saved = (
+        AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")  # caps attention where the model does
+        for path in (steps.path(model), tmp_path)
+    )
+    assert not outcomes[1].after  # the second process takes part, and has nothing to write
+    for name, parameter in initial.named_parameters():
+        assert np.array_equal(outcomes[0].before[name], parameter.detach().numpy())
+    for name, parameter in saved.named_parameters():
+        assert np.array_equal(outcomes[0].after[name], parameter.detach().numpy())
+        assert not np.array_equal(outcomes[0].after[name], outcomes[0].before[name])
+    with torch.no_grad():
+        wanted = reference_logprobs(saved, torch.tensor(samples[0].token_ids_T).long(), 1.0).numpy()
+    for outcome in outcomes:
+        np.testing.assert_allclose(outcome.probe[0][1:], wanted, atol=2e-5)
+
+
+def test_the_ways_of_cutting_are_those_of_deepspeed():
+    from deepspeed.module_inject.tp_plan_converter import SUPPORTED_STYLES
+
+    assert STYLES == SUPPORTED_STYLES
