@@ -160,7 +160,7 @@ CONFIG_ROWS = [
     Row("an alias that holds itself", "config.yaml", "without end", "sections with keys", "the alias",
         lambda: Path("config.yaml").write_text("run: &a\n  name: *a\n")),
     Row("out of range", "train.lr", "0", "greater than 0", "Learning rate", words=("train.lr=0",)),
-    Row("none of the choices", "rollout.age_policy", "'keep'", "'drop' or 'mask'", "Default: drop",
+    Row("none of the choices", "rollout.age_policy", "'keep'", "'drop', 'mask' or 'pace'", "Default: drop",
         words=("rollout.age_policy=keep",)),
     Row("an unknown key", "rollout.max_stalness", "unknown key", "rollout.replicas",
         "did you mean rollout.max_staleness?", words=("rollout.max_stalness=1",)),
