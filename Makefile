@@ -11,7 +11,7 @@ quickstart: setup
 	.venv/bin/rlsys train configs/quickstart.yaml $(ARGS)
 
 test: setup
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n 2 $(ARGS)
 
 check: setup
 	.venv/bin/ruff check .

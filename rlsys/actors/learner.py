@@ -53,9 +53,6 @@ class LearnerActor:
         self._segments = own_segments(run, "learner", NUM_SEGMENTS)
         return self._segments
 
-    def node(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
-
     def serve_segments(self) -> Source:
         """Hand the segments out to other machines, as long as this process lives."""
         from rlsys.weights.tcp import SegmentServer
@@ -124,10 +121,6 @@ class RayLearner:
     async def segments(self, run: str) -> list[str]:
         """Where versions are written: segments on rank 0's machine."""
         return await answer(self._actors[0].segments.remote(run), "learner-0", LearnerFailed)
-
-    async def node(self) -> str:
-        """Ray's id of rank 0's machine."""
-        return await answer(self._actors[0].node.remote(), "learner-0", LearnerFailed)
 
     async def serve_segments(self) -> Source:
         """Where other machines get rank 0's segments."""

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import ray
+
 from rlsys.actors.remote import answer
 from rlsys.errors import EngineLost
 from rlsys.records import Version, WeightVersion
@@ -42,11 +44,15 @@ class NodeMirror:
         actor: on that machine.
         paths: of its segments.
         source: the learner's.
+
+    Attributes:
+        is_lost: whether the actor is of no more use.
     """
 
     def __init__(self, name: str, actor: Any, paths: Sequence[str], source: Source) -> None:
         self._name, self._actor, self._source = name, actor, source
         self._pool = SegmentPool(paths)
+        self.is_lost = False
         self._bringing: tuple[Version, asyncio.Task[WeightVersion]] | None = None
 
     @asynccontextmanager
@@ -75,13 +81,17 @@ class NodeMirror:
         finally:
             self._pool.remove_reader(there.segment)
 
+    def close(self) -> None:
+        ray.kill(self._actor)
+
     async def _bring(self, weights: WeightVersion) -> WeightVersion:
         while (path := self._pool.acquire()) is None:
             await asyncio.sleep(SEGMENT_POLL_S)
         try:
             mirrored = await answer(self._actor.mirror.remote(weights, self._source, path), self._name, EngineLost)
-        except BaseException:
+        except BaseException as error:
             self._pool.abandon(path)
+            self.is_lost = self.is_lost or isinstance(error, EngineLost)
             raise
         self._pool.publish(path)
         return mirrored

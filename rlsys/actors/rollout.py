@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from rlsys.actors.cluster import Place
 from rlsys.actors.mailbox import Ended, Mailbox, Order, Tray
 from rlsys.actors.mirror import NodeMirror
 from rlsys.actors.remote import answer
@@ -40,9 +43,6 @@ class RolloutActor:
     async def start(self) -> None:
         await self._engine.start()
 
-    async def node(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
-
     async def begin(self, orders: Sequence[Order], cancelled: Sequence[int]) -> None:
         self._tray.begin(orders, cancelled)
 
@@ -61,57 +61,72 @@ class RolloutActor:
         await self._engine.stop()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Worker:
+    """A rollout worker as the driver knows it.
+
+    Attributes:
+        place: what Ray holds for it.
+        mirror: on its machine, where that is not the learner's.
+    """
+
+    actor: Any
+    place: Place
+    mirror: NodeMirror | None
+
+
 class RayFleet:
     """The controller's handle on all rollout workers."""
 
-    def __init__(self, actors: Mapping[str, Any]) -> None:
-        self._actors = dict(actors)
-        self._mailboxes = {name: Mailbox(actor, name) for name, actor in actors.items()}
-        self._mirrors: dict[str, NodeMirror] = {}
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+        self._mailboxes: dict[str, Mailbox] = {}
 
     def names(self) -> Sequence[str]:
-        return tuple(self._actors)
+        return tuple(self._workers)
 
-    async def start(self) -> None:
-        """Bring every engine up. Raises EngineLost or WaitTimeout."""
-        starts = [(name, actor.start.remote()) for name, actor in self._actors.items()]
-        for name, start in starts:
-            await answer(start, name, EngineLost)
+    def nodes(self) -> dict[str, str]:
+        """Every engine, with Ray's id of its machine."""
+        return {name: worker.place.node for name, worker in self._workers.items()}
+
+    def mirror_at(self, node: str) -> NodeMirror | None:
+        """The mirror that engines on a machine load from; None where there is none, or none of any use."""
+        mirrors = (worker.mirror for worker in self._workers.values() if worker.place.node == node)
+        return next((mirror for mirror in mirrors if mirror is not None and not mirror.is_lost), None)
+
+    def admit(self, name: str, worker: Worker) -> None:
+        """An engine that is up."""
+        self._workers[name] = worker
+        self._mailboxes[name] = Mailbox(worker.actor, name)
 
     async def play(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
-        self._actor(engine)
+        self._worker(engine)
         return await self._mailboxes[engine].play(prompt, member, spec)
 
     async def report(self, engine: str) -> EngineReport:
-        return await answer(self._actor(engine).report.remote(), engine, EngineLost)
-
-    async def nodes(self) -> dict[str, list[str]]:
-        """Ray's ids of the machines, and the engines on each."""
-        engines_at: dict[str, list[str]] = {}
-        for name, actor in self._actors.items():
-            engines_at.setdefault(await answer(actor.node.remote(), name, EngineLost), []).append(name)
-        return engines_at
-
-    def load_through(self, engines: Sequence[str], mirror: NodeMirror) -> None:
-        """These engines load from ``mirror``, which is on their machine."""
-        self._mirrors |= dict.fromkeys(engines, mirror)
+        return await answer(self._worker(engine).actor.report.remote(), engine, EngineLost)
 
     async def load(self, engine: str, weights: WeightVersion) -> LoadReport:
-        mirror = self._mirrors.get(engine)
-        async with mirror.holding(weights) if mirror else nullcontext(weights) as there:
-            return await answer(self._actor(engine).load.remote(there), engine, EngineLost)
+        worker = self._worker(engine)
+        async with worker.mirror.holding(weights) if worker.mirror else nullcontext(weights) as there:
+            return await answer(worker.actor.load.remote(there), engine, EngineLost)
 
     async def remove(self, engine: str) -> None:
+        """Its resources are free again; a mirror goes with the last engine that loads from it."""
         self._mailboxes.pop(engine).close()
-        ray.kill(self._actors.pop(engine))
+        worker = self._workers.pop(engine)
+        ray.kill(worker.actor)
+        if worker.mirror is not None and all(other.mirror is not worker.mirror for other in self._workers.values()):
+            worker.mirror.close()
+        await asyncio.to_thread(worker.place.free)
 
     async def stop(self) -> None:
-        for name, actor in self._actors.items():
+        for name, worker in self._workers.items():
             self._mailboxes[name].close()
-            await answer(actor.stop.remote(), name, EngineLost)
+            await answer(worker.actor.stop.remote(), name, EngineLost)
 
-    def _actor(self, engine: str) -> Any:
+    def _worker(self, engine: str) -> Worker:
         """A slot may be handed out in the very moment in which its engine is removed: that is a loss like any other."""
-        if engine not in self._actors:
+        if engine not in self._workers:
             raise EngineLost(f"{engine} is out of service")
-        return self._actors[engine]
+        return self._workers[engine]

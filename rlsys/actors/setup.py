@@ -6,22 +6,20 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rlsys.actors.algorithm import advantage_of, critic_of, min_compared, needs_of, objective_of, selector_of
 from rlsys.actors.buffer import BufferActor, RayBuffer
 from rlsys.actors.checkpoint import RunCheckpoints, Start
 from rlsys.actors.clock import WallClock
-from rlsys.actors.cluster import reserve
+from rlsys.actors.cluster import Place, engine_bundle, engine_name, reserve
 from rlsys.actors.inputs import Inputs
 from rlsys.actors.learner import LearnerActor, RayLearner
-from rlsys.actors.mirror import MirrorActor, NodeMirror
-from rlsys.actors.remote import answer
+from rlsys.actors.machines import RayMachines
+from rlsys.actors.mirror import MirrorActor
 from rlsys.actors.reward import RayRewardWorker, RewardActor
 from rlsys.actors.rollout import RayFleet, RolloutActor
 from rlsys.actors.teacher import RayTeacher, TeacherActor
@@ -37,7 +35,6 @@ from rlsys.controller.deadline import within
 from rlsys.controller.loops import Loops
 from rlsys.controller.parts import Parts
 from rlsys.controller.plan import Plan
-from rlsys.errors import EngineLost
 from rlsys.observe.sink import RunSink
 from rlsys.records import RolloutGroup, Version
 from rlsys.reward.load import is_async_reward, load_reward
@@ -61,46 +58,34 @@ class Built:
     teacher: RayTeacher | None
 
 
-class _Places:
-    """Hands out the reserved places in their order: engines, learner processes, the teacher."""
-
-    def __init__(self, group: PlacementGroup) -> None:
-        self._group, self._indices = group, count()
-
-    def next(self) -> PlacementGroupSchedulingStrategy:
-        return PlacementGroupSchedulingStrategy(
-            placement_group=self._group, placement_group_bundle_index=next(self._indices)
-        )
-
-
 async def build_run(config: Config, inputs: Inputs, sink: RunSink, start: Start, store: CheckpointStore) -> Built:
     """Create the actors, wait until every one is up, and hand them to the controller, which goes on from ``start``.
 
     Raises RlsysError naming the part that did not come up.
     """
     version = start.state.version
-    place = _Places(reserve(config))
-    fleet = RayFleet(dict(_rollout_actors(config, inputs, place)))
-    learner = RayLearner(_learner_actors(config, inputs, place), version, tensor_parallel=config.train.tensor_parallel)
-    workers = _reward_workers(config, inputs)
-    buffer = RayBuffer(
-        _actor(BufferActor, "buffer", cpus=0).remote(
-            max_staleness=config.rollout.max_staleness,
-            age_policy=config.rollout.age_policy,
-            batch=_batch_rule(config),
-            min_compared=min_compared(config),
-        )
+    engine_places, other_places = await reserve(config)
+    fleet = RayFleet()
+    train = config.train
+    learner = RayLearner(
+        _learner_actors(config, inputs, other_places[: train.processes]), version, tensor_parallel=train.tensor_parallel
     )
-    teacher = _teacher(config, inputs, place)
+    machines = _machines(config, inputs, fleet, learner, sink, home=other_places[0].node)
+    workers = _reward_workers(config, inputs)
+    buffer = _buffer(config, home=other_places[0].node)
+    teacher = _teacher(config, inputs, other_places[-1])
     workers_ready = asyncio.gather(*(worker.ready() for worker in workers))
-    await asyncio.gather(
-        within(config.rollout.start_timeout_s, "the rollout engines to start", fleet.start()),
+    engines = {engine_name(number): place for number, place in enumerate(engine_places)}
+    engines_up = asyncio.gather(*(machines.wake(name, place) for name, place in engines.items()))
+    actors, *_ = await asyncio.gather(
+        within(config.rollout.start_timeout_s, "the rollout engines to start", engines_up),
         within(config.train.start_timeout_s, "the learner to start", learner.start(config.run.seed, start.learner)),
         within(config.train.start_timeout_s, "the reward workers to start", workers_ready),
         *([within(config.rollout.start_timeout_s, "the teacher to start", teacher.start())] if teacher else []),
     )
     segments = await learner.segments(config.run.name)
-    await _reach_other_machines(config, fleet, learner, sink)
+    for (name, place), actor in zip(engines.items(), actors, strict=True):
+        await within(config.rollout.start_timeout_s, f"a way to {name}", machines.admit(name, actor, place))
     rewards = RewardPool(
         workers,
         timeout_s=config.reward.timeout_s,
@@ -110,6 +95,7 @@ async def build_run(config: Config, inputs: Inputs, sink: RunSink, start: Start,
     parts = Parts(
         source=inputs.source,
         fleet=fleet,
+        machines=machines,
         scorer=rewards if teacher is None else _taught(config, rewards, teacher),
         grader=rewards,
         select=selector_of(config),
@@ -124,22 +110,31 @@ async def build_run(config: Config, inputs: Inputs, sink: RunSink, start: Start,
     return Built(loops=Loops(parts, make_plan(config), start.state), learner=learner, fleet=fleet, teacher=teacher)
 
 
-async def _reach_other_machines(config: Config, fleet: RayFleet, learner: RayLearner, sink: RunSink) -> None:
-    """Engines on the learner's machine read its segments; for those of every other machine there is a mirror there."""
-    home, engines_at = await learner.node(), await fleet.nodes()
-    others = [node for node in engines_at if node != home]
-    if not others:
-        return
-    source = await learner.serve_segments()
-    for node in others:
-        place = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        name = f"weight mirror on {node[:8]}"
-        actor = _actor(MirrorActor, None, cpus=0, place=place).remote()
-        paths = await within(
-            config.rollout.start_timeout_s, name, answer(actor.segments.remote(config.run.name), name, EngineLost)
+def _buffer(config: Config, *, home: str) -> RayBuffer:
+    """On the learner's machine: the one that the run does not outlive anyway."""
+    actor = _actor(BufferActor, "buffer", cpus=0, place=NodeAffinitySchedulingStrategy(node_id=home, soft=False))
+    return RayBuffer(
+        actor.remote(
+            max_staleness=config.rollout.max_staleness,
+            age_policy=config.rollout.age_policy,
+            min_compared=min_compared(config),
         )
-        fleet.load_through(engines_at[node], NodeMirror(name, actor, paths, source))
-        sink.event(f"{', '.join(engines_at[node])}: on another machine than the learner; weights go there over TCP")
+    )
+
+
+def _machines(
+    config: Config, inputs: Inputs, fleet: RayFleet, learner: RayLearner, sink: RunSink, *, home: str
+) -> RayMachines:
+    return RayMachines(
+        fleet,
+        learner,
+        sink,
+        home=home,
+        bundle=engine_bundle(config),
+        run=config.run.name,
+        new_engine=partial(_rollout_actor, config, inputs),
+        new_mirror=lambda place: _actor(MirrorActor, None, cpus=0, place=place).remote(),
+    )
 
 
 def make_plan(config: Config) -> Plan:
@@ -165,6 +160,7 @@ def make_plan(config: Config) -> Plan:
         age_policy=rollout.age_policy,
         oversample=rollout.oversample,
         slots=rollout.slots,
+        replicas=rollout.num_replicas,
         spec=spec,
         min_compared=min_compared(config),
         checkpoint_every_steps=config.checkpoint.every_steps,
@@ -173,6 +169,7 @@ def make_plan(config: Config) -> Plan:
         pass_at=config.eval.pass_at,
         correct_at=reward.correct_at,
         rollouts_logged=config.observe.rollouts_per_step,
+        start_timeout_s=rollout.start_timeout_s,
         play_timeout_s=rollout.timeout_s,
         score_timeout_s=max(
             one_group_s * (1 + lead / rollout.group_size / reward.workers),
@@ -212,40 +209,35 @@ def make_batch(config: Config, inputs: Inputs, incarnation: int, groups: Sequenc
     )
 
 
-def _rollout_actors(config: Config, inputs: Inputs, place: _Places) -> list[tuple[str, Any]]:
+def _rollout_actor(config: Config, inputs: Inputs, name: str, place: Place) -> Any:
     rollout = config.rollout
-    environment = engine_environment(
-        cpus=rollout.cpus_per_replica, gpus=rollout.gpus_per_replica, workers=num_workers(rollout.vllm)
+    settings = VllmSettings(
+        model=inputs.model_path,
+        dtype=config.model.dtype,
+        max_model_len=inputs.longest_prompt + rollout.max_tokens,
+        slots=rollout.slots,
+        seed=config.run.seed + int(name.rpartition("-")[2]),
+        start_timeout_s=rollout.start_timeout_s,
+        timeout_s=rollout.timeout_s,
+        vllm=rollout.vllm,
+        update_mode=rollout.update_mode,
     )
-    actors = []
-    for index in range(rollout.replicas):
-        name = f"rollout-{index}"
-        settings = VllmSettings(
-            model=inputs.model_path,
-            dtype=config.model.dtype,
-            max_model_len=inputs.longest_prompt + rollout.max_tokens,
-            slots=rollout.slots,
-            seed=config.run.seed + index,
-            start_timeout_s=rollout.start_timeout_s,
-            timeout_s=rollout.timeout_s,
-            vllm=rollout.vllm,
-            update_mode=rollout.update_mode,
-        )
-        actor = _actor(
-            RolloutActor,
-            name,
-            cpus=rollout.cpus_per_replica,
-            gpus=rollout.gpus_per_replica,
-            environment=environment,
-            place=place.next(),
-            # one call per rollout; a weight swap must never queue behind them
-            max_concurrency=rollout.slots + SPARE_CALLS,
-        )
-        actors.append((name, actor.remote(name, settings)))
-    return actors
+    actor = _actor(
+        RolloutActor,
+        name,
+        cpus=rollout.cpus_per_replica,
+        gpus=rollout.gpus_per_replica,
+        environment=engine_environment(
+            cpus=rollout.cpus_per_replica, gpus=rollout.gpus_per_replica, workers=num_workers(rollout.vllm)
+        ),
+        place=place.strategy,
+        # one call per rollout; a weight swap must never queue behind them
+        max_concurrency=rollout.slots + SPARE_CALLS,
+    )
+    return actor.remote(name, settings)
 
 
-def _learner_actors(config: Config, inputs: Inputs, place: _Places) -> list[Any]:
+def _learner_actors(config: Config, inputs: Inputs, places: Sequence[Place]) -> list[Any]:
     train = config.train
     arguments = {
         "model_path": inputs.model_path,
@@ -263,9 +255,9 @@ def _learner_actors(config: Config, inputs: Inputs, place: _Places) -> list[Any]
             cpus=train.cpus_per_rank,
             gpus=train.gpus_per_rank,
             environment=environment,
-            place=place.next(),
+            place=place.strategy,
         ).remote(rank, arguments, config.model.dtype)
-        for rank in range(train.processes)
+        for rank, place in enumerate(places)
     ]
 
 
@@ -279,7 +271,7 @@ def _reward_workers(config: Config, inputs: Inputs) -> list[RayRewardWorker]:
     ]
 
 
-def _teacher(config: Config, inputs: Inputs, place: _Places) -> RayTeacher | None:
+def _teacher(config: Config, inputs: Inputs, place: Place) -> RayTeacher | None:
     rollout, teacher = config.rollout, config.teacher
     if inputs.teacher_path is None:
         return None
@@ -299,7 +291,7 @@ def _teacher(config: Config, inputs: Inputs, place: _Places) -> RayTeacher | Non
         cpus=teacher.cpus,
         gpus=teacher.gpus,
         environment=teacher_environment(cpus=teacher.cpus, gpus=teacher.gpus),
-        place=place.next(),
+        place=place.strategy,
         max_concurrency=teacher.slots + SPARE_CALLS,
     )
     return RayTeacher("teacher", actor.remote("teacher", settings, inputs.model_path))

@@ -50,6 +50,7 @@ def check_sections(config: Config, *, resume: bool = False) -> None:
         ConfigError: the first thing found that cannot work.
     """
     check_staleness_is_corrected(config)
+    check_replicas_take_room(config)
     check_batch_can_be_divided(config)
     check_token_budget(config)
     check_pass_at(config)
@@ -67,6 +68,17 @@ def check_staleness_is_corrected(config: Config) -> None:
             wanted="a correction for tokens that an older policy sampled",
             remedy="set algo.correction={name: tis}, or algo.anchor=behaviour, or rollout.max_staleness=0, or "
             "algo.allow_uncorrected=true if uncorrected stale data is what you want",
+        )
+
+
+def check_replicas_take_room(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.num_replicas is None and rollout.cpus_per_replica == rollout.gpus_per_replica == 0:
+        raise ConfigError(
+            "rollout.replicas=auto",
+            got="replicas that take neither CPUs nor GPUs: any number of them would fit",
+            wanted="rollout.cpus_per_replica or rollout.gpus_per_replica above 0",
+            remedy="set one of them, or give a number of replicas",
         )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
@@ -146,9 +147,17 @@ class AlgoSection(Section):
     """Train stale data without a correction all the same."""
 
 
+def _replicas(value: Any) -> Any:
+    """One message, where a union of types would give one for each."""
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise PydanticCustomError("replicas", "Input should be a whole number from 1 on, or auto")
+
+
 class RolloutSection(Section):
-    replicas: Annotated[int, Field(ge=1)] = 1
-    """Number of vLLM engines."""
+    replicas: Annotated[int | Literal["auto"], PlainValidator(_replicas)] = 1
+    """Number of vLLM engines, lost ones replaced where there is room; or ``auto``: as many as the cluster holds beside
+    the learner, now and whenever machines join or leave."""
     max_staleness: Annotated[int, Field(ge=0)] = 1
     """eta: how many steps old a trained token may be; 0 is synchronous and on-policy."""
     update_mode: Literal["recompute", "keep", "drain"] = "recompute"
@@ -180,6 +189,11 @@ class RolloutSection(Section):
     """Deadline for one group, or one weight swap, on an engine, seconds."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """vLLM engine arguments, passed through."""
+
+    @property
+    def num_replicas(self) -> int | None:
+        """None: ``auto``."""
+        return None if self.replicas == "auto" else self.replicas
 
 
 class TrainSection(Section):

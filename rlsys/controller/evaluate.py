@@ -141,7 +141,7 @@ class Evaluator:
     async def _round(self, spec: PlaySpec, pass_at: Sequence[int]) -> EvalReport:
         self._num_rounds += 1  # request ids of one round must not meet those of another
         prompts = [replace(prompt, attempt=self._num_rounds) for prompt in self._parts.source.eval_prompts()]
-        share = EVAL_SHARE * self._plan.slots * len(self._roster.names)
+        share = EVAL_SHARE * self._plan.slots * max(1, len(self._roster.names))  # with none left one may come
         room = asyncio.Semaphore(max(1, int(share)))
 
         async def ask(prompt: Prompt) -> RolloutGroup:

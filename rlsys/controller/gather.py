@@ -25,7 +25,7 @@ class Gatherer:
     """Plays groups on the fleet.
 
     Args:
-        lose: takes an engine out of service, for a reason; raises FleetLost when none is left.
+        lose: takes an engine out of service, for a reason.
         sampled: told of each rollout that an engine has ended.
         timeout_s: deadline of one rollout; an engine that misses it is lost.
         max_retries: how often one rollout is played again whose engine was lost.
@@ -66,8 +66,6 @@ class Gatherer:
         ages: bool = False,
     ) -> RolloutGroup:
         """Play every member as soon as a slot is free, on an engine that serves ``min_step`` or later.
-
-        Raises FleetLost when no engine is left.
 
         Args:
             move: told of each member: PARKED, RUNNING, and GATHERED when it has ended, whichever way.

@@ -19,7 +19,8 @@
       checkpoints.save()     every few steps, after the last one, and at a stop
 
       eval_loop              held-out questions on the same engines, beside all this
-      watch_loop             one per engine: how loaded it is
+      fleet_loop             engines that come and go; each has a pull_loop and a watch_loop: how loaded it is
+      live_loop              the progress view
 
 All loops run at once; only the lead couples production to training. ``max_staleness`` 0 is the same code: the lead is
 one batch, and a publication waits for every engine.
@@ -36,12 +37,14 @@ from typing import Any, TypeVar
 from rlsys.buffer.replay import Lease, Take
 from rlsys.buffer.staleness import doomed_before
 from rlsys.controller.attrition import Attrition
+from rlsys.controller.crew import Crew
 from rlsys.controller.deadline import within
 from rlsys.controller.evaluate import Evaluator
 from rlsys.controller.failures import first_failure
 from rlsys.controller.gather import Gatherer
 from rlsys.controller.lead import Lead
 from rlsys.controller.ledger import Ledger, Stage
+from rlsys.controller.live import live_loop
 from rlsys.controller.parts import Parts, Scorer
 from rlsys.controller.plan import Plan
 from rlsys.controller.roster import Roster
@@ -50,13 +53,11 @@ from rlsys.controller.state import RunState
 from rlsys.controller.stats import age_metrics, batch_metrics, drop_metrics, recomputed_tokens, trained_ages
 from rlsys.controller.sync import WeightSync
 from rlsys.controller.totals import Totals
-from rlsys.controller.watch import watch_loop
 from rlsys.errors import CheckpointFailed, WaitTimeout
 from rlsys.records import Prompt, RolloutGroup
 
 Answer = TypeVar("Answer")
 
-LIVE_PERIOD_S = 0.5  # between two updates of the progress view
 BUFFER_ANSWER_S = 60.0  # deadline of a buffer call beyond its own wait
 TAKE_WAIT_S = 1.0  # one wait for a batch; between two of them pending work is looked after
 
@@ -74,6 +75,7 @@ class Loops:
         self.ledger = Ledger(state)
         self.totals = Totals.resumed(state.totals)
         self.roster = Roster(parts.fleet.names(), slots=plan.slots, clock=parts.clock)
+        self.crew = Crew(parts, plan, self.roster)
         self.sync = WeightSync(
             learner=parts.learner,
             fleet=parts.fleet,
@@ -81,14 +83,16 @@ class Loops:
             segments=parts.segments,
             clock=parts.clock,
             sink=parts.sink,
+            lose=self.crew.lose,
             export_timeout_s=plan.step_timeout_s,
             load_timeout_s=plan.play_timeout_s,
+            start_timeout_s=plan.start_timeout_s,
             share=plan.update_share,
         )
         self.gatherer = Gatherer(
             parts.fleet,
             self.roster,
-            lose=self.sync.lose,
+            lose=self.crew.lose,
             sampled=self.totals.sample,
             timeout_s=plan.play_timeout_s,
             max_retries=plan.max_retries,
@@ -114,7 +118,7 @@ class Loops:
         try:
             async with asyncio.TaskGroup() as tasks:
                 await self.saver.restore()
-                pulls = [tasks.create_task(self.sync.pull_loop(name)) for name in self.roster.names]
+                fleet = tasks.create_task(self.crew.fleet_loop(self.sync.pull_loop))
                 await self.sync.publish_everywhere(self.version)
                 if "eval_before" not in self.totals.evals:
                     await self._evaluate("eval_before", self.plan.pass_samples)
@@ -123,29 +127,21 @@ class Loops:
                 if not self.stopping.is_set():
                     await self.sync.publish_everywhere(self.version)
                     await self._evaluate("eval_after", self.plan.pass_samples)
-                for task in pulls:
-                    task.cancel()
+                fleet.cancel()
         except BaseExceptionGroup as failures:
             raise first_failure(failures) from None
 
     async def _train(self, tasks: asyncio.TaskGroup) -> None:
-        self.totals.open(self.parts.clock.now(), self.roster.busy_seconds())
+        self.totals.open(self.parts.clock.now(), self.roster.seconds())
         self.is_training = True
-        watching = partial(
-            watch_loop,
-            fleet=self.parts.fleet,
-            roster=self.roster,
-            clock=self.parts.clock,
-            lose=self.sync.lose,
-            timeout_s=self.plan.play_timeout_s,
-        )
-        for loop in (*map(watching, self.roster.names), self.live_loop(), self.eval_loop(), self.rollout_loop(tasks)):
+        watching = live_loop(self.parts, self.ledger, self.roster, self._live_figures)
+        for loop in (watching, self.eval_loop(), self.rollout_loop(tasks)):
             self._spawn(tasks, loop)
         await self.train_loop(tasks)
         self.is_training = False
         for task in self._background:
             task.cancel()
-        self.totals.close(self.parts.clock.now(), self.roster.busy_seconds())
+        self.totals.close(self.parts.clock.now(), self.roster.seconds())
         self.ledger.check(await self._buffer(self.parts.buffer.counts()), quiet=not self.ledger.num_groups)
 
     def _spawn(self, tasks: asyncio.TaskGroup, loop: Coroutine[Any, Any, None]) -> None:
@@ -250,30 +246,6 @@ class Loops:
             if self.version.step < self.plan.steps:  # after the last step the final evaluation follows anyway
                 await self._evaluate("eval", 0)
 
-    async def live_loop(self) -> None:
-        """Show the present state.
-
-        consumes: counts.
-        waits for: the next half second.
-        unblocked by: the clock.
-        produces: the progress view and the gauges.
-        """
-        while True:
-            await self.parts.clock.sleep(LIVE_PERIOD_S)
-            self.ledger.check()
-            self.parts.sink.live(
-                {
-                    **{f"buffer/{stage.value}": count for stage, count in self.ledger.counts().items()},
-                    **drop_metrics(self.ledger.dropped),
-                    **self.lead.gauges(),
-                    "rollout/running": self.roster.num_running,
-                    "rollout/slots": self.roster.num_slots,
-                    "rollout/engines": len(self.roster.names),
-                    **self.totals.summary(self.parts.clock.now(), self.roster.busy_seconds()),
-                    **self.sync.counts(),
-                }
-            )
-
     # --- one datum's steps -------------------------------------------------------------------------------------------
 
     async def _score(self, scorer: Scorer, group: RolloutGroup) -> RolloutGroup:
@@ -292,7 +264,8 @@ class Loops:
                 for group in take.lease.groups:
                     self.ledger.move_group(group, Stage.LEASED)
                 return take.lease
-            if self._progress_mark() != seen or not self._learner_waits:
+            # with no engine left the crew has its own deadlines
+            if self._progress_mark() != seen or not self._learner_waits or not self.roster.names:
                 quiet_since, seen = self.parts.clock.now(), self._progress_mark()
             elif self.parts.clock.now() - quiet_since > self.plan.stall_s:
                 raise WaitTimeout(f"rollouts ({self.ledger.describe()}; {self.roster.describe()})", self.plan.stall_s)
@@ -321,7 +294,7 @@ class Loops:
         """A checkpoint that cannot be written costs only itself, but for the one that a stop has to leave behind."""
         began = self.parts.clock.now()
         try:
-            await self.saver.save(self.version, self.roster.busy_seconds())
+            await self.saver.save(self.version, self.roster.seconds())
         except CheckpointFailed as error:
             self.parts.sink.event(f"no checkpoint of step {self.version.step}: {error}")
             if self.stopping.is_set():
@@ -350,9 +323,9 @@ class Loops:
         self.totals.book(lease.groups, ages)
         self.totals.wait_for_batch_s += timing["timing_s/wait_for_batch"]
         self.totals.train_s += timing["timing_s/step"] - timing["timing_s/wait_for_batch"]
-        counts, moment = self.ledger.counts(), (self.parts.clock.now(), self.roster.busy_seconds())
+        counts, now = self.ledger.counts(), self.parts.clock.now()
         buffered = counts[Stage.BUFFERED] + counts[Stage.LEASED]
-        metrics |= self.totals.step_balance(*moment, buffered=buffered, **self._cores())
+        metrics |= self.totals.step_balance(now, self.roster.seconds(), buffered=buffered, **self._cores())
         is_flat = self.plan.min_compared > 1 and metrics["critic/groups_without_variance"] == 1.0
         if is_flat and not self._told_of_equal_rewards:
             self._told_of_equal_rewards = True
@@ -384,17 +357,24 @@ class Loops:
         return (self.ledger.submitted, self.ledger.dropped.total(), *self.ledger.counts().values())
 
     def _cores(self) -> dict[str, float]:
-        engines = len(self.roster.names) * self.plan.engine_cores
-        return {"rollout_cores": engines, "trainer_cores": self.plan.trainer_cores}
+        return {"engine_cores": self.plan.engine_cores, "trainer_cores": self.plan.trainer_cores}
+
+    def _live_figures(self) -> dict[str, float]:
+        return {
+            **self.lead.gauges(),
+            **self.totals.summary(self.parts.clock.now(), self.roster.seconds()),
+            **self.sync.counts(),
+        }
 
     def summary(self) -> dict[str, float]:
         """The flat figures of result.json, at any moment."""
         return {
             "steps": self.version.step,
-            **self.totals.summary(self.parts.clock.now(), self.roster.busy_seconds()),
-            **self.totals.run_balance(self.parts.clock.now(), self.roster.busy_seconds(), **self._cores()),
+            **self.totals.summary(self.parts.clock.now(), self.roster.seconds()),
+            **self.totals.run_balance(self.parts.clock.now(), self.roster.seconds(), **self._cores()),
             "rollouts_submitted": self.ledger.submitted,
             "rollouts_retried": self.gatherer.num_retried,
             **self.sync.counts(),
+            **self.crew.counts(),
             **drop_metrics(self.ledger.dropped),
         }

@@ -49,6 +49,36 @@ class Fleet(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Survey:
+    """What the machines say at one moment.
+
+    Attributes:
+        room: how many more engines each machine has room for, by its name; those without room may be left out.
+        leaving: engines whose machine is gone, or about to go.
+    """
+
+    room: Mapping[str, int]
+    leaving: frozenset[str]
+
+
+class Machines(Protocol):
+    """Where engines stand, and where more of them can."""
+
+    def engines(self) -> Mapping[str, str]:
+        """The engines of the start, each with its machine."""
+        ...
+
+    async def survey(self) -> Survey:
+        """Raises RlsysError where nobody can say at present."""
+        ...
+
+    async def start(self, engine: str, machine: str) -> None:
+        """Bring up a new engine of that name; from then on the fleet knows it. Raises EngineLost; then, and where this
+        is cancelled, nothing of it is left."""
+        ...
+
+
 class Scorer(Protocol):
     async def score(self, group: RolloutGroup) -> RolloutGroup:
         """Give every rollout its reward. One that failed, timed out or was killed is a dropped rollout, never a 0."""
@@ -145,6 +175,7 @@ class Parts:
 
     source: Source
     fleet: Fleet
+    machines: Machines
     scorer: Scorer  # of what is trained: rewards, and what a teacher says
     grader: Scorer  # of held-out answers: rewards alone
     select: Callable[[RolloutGroup], RolloutGroup]  # what is made of a scored group: ``select.Selector``

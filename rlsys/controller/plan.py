@@ -16,6 +16,7 @@ class Plan:
         steps: batches to train.
         batch: which groups make one.
         max_staleness, age_policy, oversample, slots: as in the config.
+        replicas: engines that are wanted; None: as many as there is room for.
         spec: sampling in training.
         min_compared: rewards that a group needs so that its rollouts can learn.
         checkpoint_every_steps: 0 means after the last step and at a stop only.
@@ -23,6 +24,7 @@ class Plan:
         pass_samples, pass_at: pass@k before and after; 0 samples switch it off.
         correct_at: reward from which an answer is correct.
         rollouts_logged: sampled rollouts kept per step.
+        start_timeout_s: deadline for an engine to come up, seconds.
         play_timeout_s, score_timeout_s, step_timeout_s: deadlines, seconds; the last one of a checkpoint too.
         stall_s: longest time in which not a single rollout gets on, seconds.
         max_retries: how often one rollout is played again whose engine was lost.
@@ -37,6 +39,7 @@ class Plan:
     age_policy: str
     oversample: float
     slots: int
+    replicas: int | None
     spec: PlaySpec
     min_compared: int
     checkpoint_every_steps: int
@@ -45,6 +48,7 @@ class Plan:
     pass_at: tuple[int, ...]
     correct_at: float
     rollouts_logged: int
+    start_timeout_s: float
     play_timeout_s: float
     score_timeout_s: float
     step_timeout_s: float

@@ -8,16 +8,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rlsys.controller.concurrency import is_overfull, usable_slots
-from rlsys.errors import FleetLost
 from rlsys.rollout.clock import Clock
 from rlsys.rollout.router import EngineLoad, EngineReport, choose_engine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSeconds:
+    """Seconds since the start, added up over all engines that are or were in service.
+
+    Attributes:
+        in_service: from the first version that an engine has proven until it is out of service.
+        busy: of these, with at least one rollout running.
+    """
+
+    in_service: float
+    busy: float
 
 
 @dataclass(slots=True)
 class _Engine:
     usable: int
+    is_newcomer: bool  # came later, and has proven no version yet
     step: int | None = None
     running: int = 0
+    serves_since: float | None = None
     busy_s: float = 0.0
     busy_since: float | None = None
     report: EngineReport | None = None
@@ -51,14 +65,17 @@ class Roster:
     """Engine slots, one for each rollout, handed out to the oldest group first: an engine takes no member of a group
     while one of an older group waits that it may play.
 
+    While no engine is in service everybody waits: the crew ends the run where none can come.
+
     Args:
-        names: the engines.
+        names: the engines of the start. Others may come and all may go.
         slots: slots of each engine. Fewer are handed out while its cache overflows.
         clock: for the busy times.
     """
 
     def __init__(self, names: Sequence[str], *, slots: int, clock: Clock) -> None:
-        self._engines = {name: _Engine(usable=slots) for name in names}
+        self._engines = {name: _Engine(usable=slots, is_newcomer=False) for name in names}
+        self._gone = EngineSeconds(in_service=0.0, busy=0.0)  # of those that are out of service
         self._slots = slots
         self._clock = clock
         self._num_places = 0
@@ -70,11 +87,20 @@ class Roster:
         return tuple(self._engines)
 
     @property
+    def num_in_service(self) -> int:
+        """Engines that have proven a version."""
+        return sum(engine.step is not None for engine in self._engines.values())
+
+    @property
     def num_running(self) -> int:
         return sum(engine.running for engine in self._engines.values())
 
     def step_of(self, name: str) -> int | None:
         return self._engines[name].step if name in self._engines else None
+
+    def is_newcomer(self, name: str) -> bool:
+        """Whether the engine came later than the others and has proven no version yet."""
+        return name in self._engines and self._engines[name].is_newcomer
 
     @property
     def num_slots(self) -> int:
@@ -87,15 +113,14 @@ class Roster:
         return Place(self._num_places, min_step, prompt_tokens)
 
     async def acquire(self, place: Place) -> str:
-        """Wait for a free slot, and take it. Raises FleetLost when no engine is left."""
-        self._check_any_left()
+        """Wait for a free slot, and take it."""
         waiting = _Waiting(place, asyncio.get_running_loop().create_future())
         bisect.insort(self._waiting, waiting, key=lambda other: other.place.number)
         self._dispatch()
         try:
             return await waiting.engine
         except asyncio.CancelledError:
-            if waiting.engine.done() and not waiting.engine.cancelled() and waiting.engine.exception() is None:
+            if waiting.engine.done() and not waiting.engine.cancelled():
                 self.release(waiting.engine.result())
             raise
 
@@ -125,43 +150,61 @@ class Roster:
 
     def serve(self, name: str, step: int) -> None:
         """The engine has proven that it serves ``step``."""
-        if name in self._engines:
-            self._engines[name].step = step
-            self._engines[name].compared = None  # a swap throws every request out of the cache
-            self._notify()
-
-    def remove(self, name: str) -> None:
-        """The engine is out of service for good; when it was the last one, everybody who waits gets FleetLost."""
-        self._engines.pop(name, None)
-        if not self._engines:
-            waiting, self._waiting = self._waiting, []
-            for one in waiting:
-                if not one.engine.done():
-                    one.engine.set_exception(FleetLost("no rollout engine is left"))
+        engine = self._engines.get(name)
+        if engine is None:
+            return
+        engine.step, engine.is_newcomer = step, False
+        engine.compared = None  # a swap throws every request out of the cache
+        if engine.serves_since is None:
+            engine.serves_since = self._clock.now()
         self._notify()
 
+    def add(self, name: str) -> None:
+        """An engine has come. It plays from the first version on that it proves. Raises ValueError for a name that
+        stands here."""
+        if name in self._engines:
+            raise ValueError(f"{name} is here already")
+        self._engines[name] = _Engine(usable=self._slots, is_newcomer=True)
+        self._notify()
+
+    def remove(self, name: str) -> None:
+        """The engine is out of service for good, and its slots with it."""
+        engine = self._engines.pop(name, None)
+        if engine is not None:
+            in_service, busy = self._seconds_of(engine)
+            self._gone = EngineSeconds(in_service=self._gone.in_service + in_service, busy=self._gone.busy + busy)
+            self._notify()
+
     async def wait_all_serve(self, step: int) -> None:
-        """Wait until every engine in service serves ``step`` or later. Raises FleetLost when none is left."""
+        """Wait until every engine serves ``step`` or later, newcomers excepted: those play nothing before. There must
+        be one at least."""
         while True:
-            self._check_any_left()
-            if all(engine.step is not None and engine.step >= step for engine in self._engines.values()):
+            engines = [engine for engine in self._engines.values() if not engine.is_newcomer]
+            if engines and all(engine.step is not None and engine.step >= step for engine in engines):
                 return
             self._changed.clear()
             await self._changed.wait()
 
-    def busy_seconds(self) -> float:
-        """Seconds with at least one rollout running, averaged over the engines in service."""
-        now = self._clock.now()
-        busy = [
-            engine.busy_s + (now - engine.busy_since if engine.busy_since is not None else 0.0)
-            for engine in self._engines.values()
-        ]
-        return sum(busy) / len(busy) if busy else 0.0
+    def seconds(self) -> EngineSeconds:
+        """Until now."""
+        present = [self._seconds_of(engine) for engine in self._engines.values()]
+        return EngineSeconds(
+            in_service=self._gone.in_service + sum(in_service for in_service, _ in present),
+            busy=self._gone.busy + sum(busy for _, busy in present),
+        )
 
     def describe(self) -> str:
+        if not self._engines:
+            return "no engine is in service"
         return ", ".join(
             f"{name} (step {engine.step}, {engine.running} running)" for name, engine in self._engines.items()
         )
+
+    def _seconds_of(self, engine: _Engine) -> tuple[float, float]:
+        """Seconds in service, and busy ones."""
+        now = self._clock.now()
+        in_service = now - engine.serves_since if engine.serves_since is not None else 0.0
+        return in_service, engine.busy_s + (now - engine.busy_since if engine.busy_since is not None else 0.0)
 
     def _notify(self) -> None:
         self._changed.set()
@@ -209,7 +252,3 @@ class Roster:
             slots=engine.usable,
             report=engine.report,
         )
-
-    def _check_any_left(self) -> None:
-        if not self._engines:
-            raise FleetLost("no rollout engine is left")

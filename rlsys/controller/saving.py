@@ -11,6 +11,7 @@ from dataclasses import replace
 from rlsys.controller.deadline import within
 from rlsys.controller.ledger import Ledger
 from rlsys.controller.parts import Parts
+from rlsys.controller.roster import EngineSeconds
 from rlsys.controller.state import RunState
 from rlsys.controller.totals import Totals
 from rlsys.records import Version
@@ -53,11 +54,11 @@ class Saver:
         await within(self._timeout_s, "the replay buffer to take up what was saved", restoring)
         self._ledger.check_draws(self._parts.source.counts())
 
-    async def save(self, version: Version, busy_s: float) -> None:
+    async def save(self, version: Version, engines: EngineSeconds) -> None:
         """Raises CheckpointFailed; what was saved before still stands.
 
         Args:
-            busy_s: busy seconds of the engines until now.
+            engines: their seconds until now.
         """
         who = f"the checkpoint of step {version.step}"
         inside = self._ledger.agreeing(await within(self._timeout_s, who, self._parts.buffer.groups()))
@@ -71,7 +72,7 @@ class Saver:
             dropped=dict(self._ledger.dropped),
             given_up=self._ledger.given_up,
             filtered=self._ledger.filtered,
-            totals=self._totals.saved(self._parts.clock.now(), busy_s),
+            totals=self._totals.saved(self._parts.clock.now(), engines),
         )
         await within(self._timeout_s, who, self._parts.checkpoints.save(state))
         self._saved = state

@@ -76,7 +76,8 @@ class Work:
         wall_s: its length.
         wait_s: of it, seconds in which the learner had nothing to train.
         train_s: of it, seconds from a batch in hand until its weights were published.
-        busy_s: of it, seconds in which an engine had something to do, on average over the engines.
+        service_s: of it, seconds in which an engine was in service, added up over the engines.
+        busy_s: of these, seconds in which it had something to do.
         made: rollouts that became fit to be trained, less those that were too old in the end.
         trained: rollouts trained.
         sampled_tokens: sampled by the engines, those of dropped and of held-out answers too.
@@ -86,6 +87,7 @@ class Work:
     wall_s: float
     wait_s: float
     train_s: float
+    service_s: float
     busy_s: float
     made: int
     trained: int
@@ -98,6 +100,7 @@ class Work:
             wall_s=self.wall_s - earlier.wall_s,
             wait_s=self.wait_s - earlier.wait_s,
             train_s=self.train_s - earlier.train_s,
+            service_s=self.service_s - earlier.service_s,
             busy_s=self.busy_s - earlier.busy_s,
             made=self.made - earlier.made,
             trained=self.trained - earlier.trained,
@@ -106,45 +109,55 @@ class Work:
         )
 
 
-def balance_metrics(work: Work, *, rollout_cores: float, trainer_cores: float) -> dict[str, float]:
-    """Rates of the two sides, each per second in which it worked; and theta*, the share of all cores with which the
-    trainer would take as long for a batch as the engines do with the rest:
+def balance_metrics(work: Work, *, engine_cores: float, trainer_cores: float) -> dict[str, float]:
+    """Rates of the two sides, each per second in which it worked; how many engines were in service, on average over the
+    time; and theta*, the share of all cores with which the trainer would take as long for a batch as the engines do
+    with the rest:
 
-        theta* = m / (m + t),  m = made a second / rollout_cores,  t = trained a second / trainer_cores
+        theta* = m / (m + t),  m = made a second / (engines x engine_cores),  t = trained a second / trainer_cores
 
     (after LlamaRL, arXiv:2505.24034, with rates in place of times; derived in ``plan/balance``). It holds where a rate
     grows in proportion to the cores, those of one engine or rank or more of them. What nothing was measured of is left
     out.
 
     Args:
-        rollout_cores: cores of all engines in service, or GPUs where the run is on GPUs.
+        engine_cores: cores of one engine, or GPUs where the run is on GPUs.
         trainer_cores: the same of all learner ranks.
     """
     metrics = {}
-    has_made, has_trained = work.busy_s > 0 and work.made > 0, work.train_s > 0 and work.trained > 0
+    if work.service_s > 0 and work.wall_s > 0:
+        metrics["balance/engines"] = work.service_s / work.wall_s
+    has_made = work.busy_s > 0 and work.made > 0 and "balance/engines" in metrics
+    has_trained = work.train_s > 0 and work.trained > 0
     if has_made:
-        metrics["balance/rollouts_made_per_s"] = work.made / work.busy_s
-        metrics["balance/rollout_tokens_per_s"] = work.sampled_tokens / work.busy_s
+        busy_s = work.busy_s / metrics["balance/engines"]  # on average over the engines
+        metrics["balance/rollouts_made_per_s"] = work.made / busy_s
+        metrics["balance/rollout_tokens_per_s"] = work.sampled_tokens / busy_s
     if has_trained:
         metrics["balance/rollouts_trained_per_s"] = work.trained / work.train_s
         metrics["balance/trainer_tokens_per_s"] = work.trained_tokens / work.train_s
-    if has_made and has_trained and rollout_cores > 0 and trainer_cores > 0:
-        made = metrics["balance/rollouts_made_per_s"] / rollout_cores
+    if has_made and has_trained and engine_cores > 0 and trainer_cores > 0:
+        made = metrics["balance/rollouts_made_per_s"] / (metrics["balance/engines"] * engine_cores)
         trained = metrics["balance/rollouts_trained_per_s"] / trainer_cores
         metrics["balance/trainer_share"] = made / (made + trained)
     return metrics
 
 
 def pace_metrics(work: Work) -> dict[str, float]:
-    """Rollouts trained per second of all the time, and the shares of it in which the learner waited for a batch and in
-    which an engine had nothing to do."""
+    """Rollouts trained per second of all the time, the share of it in which the learner waited for a batch, and the
+    share of the engines' time in service in which they had nothing to do."""
     if work.wall_s <= 0:
         return {}
     return {
         "balance/rollouts_per_s": work.trained / work.wall_s,
         "balance/trainer_idle": min(1.0, work.wait_s / work.wall_s),
-        "balance/rollout_idle": min(1.0, max(0.0, 1.0 - work.busy_s / work.wall_s)),
+        "balance/rollout_idle": idle_share(work.service_s, work.busy_s),
     }
+
+
+def idle_share(service_s: float, busy_s: float) -> float:
+    """Of the seconds that engines were in service; 0 where none was."""
+    return max(0.0, 1.0 - busy_s / service_s) if service_s > 0 else 0.0
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:

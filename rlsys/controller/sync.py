@@ -7,11 +7,12 @@ finds no free segment is put off until one is: a segment that is being read is n
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from rlsys.controller.deadline import within
 from rlsys.controller.parts import Fleet, Learner, Sink
 from rlsys.controller.roster import Roster
-from rlsys.errors import EngineLost, FleetLost, RlsysError, WaitTimeout, WeightsRefused
+from rlsys.errors import EngineLost, WaitTimeout, WeightsRefused
 from rlsys.records import LoadReport, Version, WeightVersion
 from rlsys.rollout.clock import Clock
 from rlsys.weights.pool import SegmentPool
@@ -24,7 +25,9 @@ class WeightSync:
     """Publishes versions and drives the engines' pulls.
 
     Args:
+        lose: takes an engine out of service, for a reason.
         export_timeout_s, load_timeout_s: deadlines of one export and one pull, seconds.
+        start_timeout_s: that of an engine to come up, which is waited for where none is left.
         share: of the engines, at least one, that pull at a time, so that the fleet never stands still.
     """
 
@@ -37,12 +40,15 @@ class WeightSync:
         segments: SegmentPool,
         clock: Clock,
         sink: Sink,
+        lose: Callable[[str, str], Awaitable[None]],
         export_timeout_s: float,
         load_timeout_s: float,
+        start_timeout_s: float,
         share: float = 1.0,
     ) -> None:
         self._learner, self._fleet, self._roster = learner, fleet, roster
         self._segments, self._clock, self._sink = segments, clock, sink
+        self._lose, self._start_timeout_s = lose, start_timeout_s
         self._export_timeout_s, self._load_timeout_s = export_timeout_s, load_timeout_s
         self._share = share
         self._num_pulling = 0
@@ -96,7 +102,8 @@ class WeightSync:
             await self.publish(self._pending)
 
     async def publish_everywhere(self, version: Version) -> None:
-        """Publish and wait until every engine serves it: at staleness 0, and before an evaluation that must see it."""
+        """Publish and wait until every engine in service serves it: at staleness 0, and before an evaluation that must
+        see it."""
 
         async def publish_and_wait() -> None:
             while self._newest is None or self._newest.version < version:
@@ -106,7 +113,7 @@ class WeightSync:
 
         # one pull may be in progress when this one starts, so one more must fit
         rounds = -(-len(self._roster.names) // self._most_pulling) + 1
-        seconds = self._export_timeout_s + rounds * self._load_timeout_s
+        seconds = self._export_timeout_s + rounds * self._load_timeout_s + self._start_timeout_s
         await within(seconds, f"version {version} on every engine: {self._roster.describe()}", publish_and_wait())
 
     async def pull_loop(self, engine: str) -> None:
@@ -137,26 +144,13 @@ class WeightSync:
                 self._num_refused += 1
                 self._sink.event(f"{engine} refused weights {weights.version}: {error}")
                 if refusals >= MAX_REFUSALS:
-                    await self.lose(engine, f"refused weights {refusals} times in a row")
+                    await self._lose(engine, f"refused weights {refusals} times in a row")
             except (EngineLost, WaitTimeout) as error:
-                await self.lose(engine, str(error))
+                await self._lose(engine, str(error))
 
     @property
     def _most_pulling(self) -> int:
         return max(1, int(self._share * len(self._roster.names)))
-
-    async def lose(self, engine: str, reason: str) -> None:
-        """Take an engine out of service. Raises FleetLost when none is left."""
-        if engine not in self._roster.names:
-            return
-        self._sink.event(f"{engine} is out of service: {reason}")
-        self._roster.remove(engine)
-        try:
-            await within(self._load_timeout_s, f"{engine} to stop", self._fleet.remove(engine))
-        except RlsysError as error:  # it is out of service already; that it would not stop is only worth a line
-            self._sink.event(f"{engine}: {error}")
-        if not self._roster.names:
-            raise FleetLost(f"no rollout engine is left; the last one, {engine}: {reason}")
 
     async def _pull(self, engine: str, weights: WeightVersion) -> None:
         self._segments.add_reader(weights.segment)
@@ -172,4 +166,6 @@ class WeightSync:
             self._num_pulling -= 1
             self._pull_ended.set()
         self._loads.append(report)
+        if self._roster.is_newcomer(engine):
+            self._sink.event(f"{engine} has proven version {weights.version} and is in service")
         self._roster.serve(engine, weights.version.step)

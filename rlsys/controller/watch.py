@@ -22,7 +22,7 @@ async def watch_loop(
     lose: Callable[[str, str], Awaitable[None]],
     timeout_s: float,
 ) -> None:
-    """One per engine, while the training goes on.
+    """One per engine.
 
     consumes: the engine's reports.
     waits for: the next second.

@@ -67,7 +67,7 @@ class Side:
     Attributes:
         rollouts_per_s: that it gets done while it works, with all of its cores.
         cores: with which it was measured.
-        parts: engines, or learner ranks.
+        parts: engines (on average over the time), or learner ranks.
         tokens_per_s: the same in sampled tokens; None where nobody counted.
         scaling: how the rate depends on the cores.
 
@@ -78,7 +78,7 @@ class Side:
 
     rollouts_per_s: float
     cores: float
-    parts: int = 1
+    parts: float = 1
     tokens_per_s: float | None = None
     scaling: Scaling = proportional
 

@@ -119,12 +119,17 @@ def _staleness(config: Config) -> str:
 
 
 def _engines(config: Config) -> str:
-    rollout = config.rollout
-    at_once = rollout.replicas * rollout.slots
-    limit = "the engines' slots limit" if at_once < lead_bound(config) else "the lead bound limits"
+    rollout, lead = config.rollout, lead_bound(config)
+    if rollout.num_replicas is None:
+        return (
+            f"engines: as many as the cluster holds beside the learner, {rollout.slots} slots each; the lead bound "
+            f"fills {lead / rollout.slots:.3g} of them; temperature {rollout.temperature:g}"
+        )
+    at_once = rollout.num_replicas * rollout.slots
+    limit = "the engines' slots limit" if at_once < lead else "the lead bound limits"
     return (
-        f"engines: {rollout.replicas} x {rollout.slots} slots = {at_once:,} rollouts at once, so {limit} how many run; "
-        f"temperature {rollout.temperature:g}"
+        f"engines: {rollout.num_replicas} x {rollout.slots} slots = {at_once:,} rollouts at once, so {limit} how many "
+        f"run; temperature {rollout.temperature:g}"
     )
 
 

@@ -24,7 +24,8 @@ from rlsys.plan.balance import (
     synchronous_rollouts_per_s,
 )
 
-RATES = ("balance/rollouts_made_per_s", "balance/rollouts_trained_per_s")  # what a run must have measured
+ENGINES = "balance/engines"
+RATES = ("balance/rollouts_made_per_s", "balance/rollouts_trained_per_s", ENGINES)  # what a run must have measured
 # in metrics.jsonl, in result.json
 IDLE = {"rollout": ("balance/rollout_idle", "idle/rollout"), "trainer": ("balance/trainer_idle", "idle/trainer")}
 PACE = ("balance/rollouts_per_s", "rollouts_per_s")
@@ -71,12 +72,14 @@ class Measured:
     Attributes:
         idle: share of the time that each was idle; empty where only rates are given.
         rollouts_per_s: that they came to together; None likewise.
+        engines: in service, on average; None likewise.
     """
 
     rollout: Side
     trainer: Side
     idle: Mapping[str, float]
     rollouts_per_s: float | None
+    engines: float | None
     origin: str
 
 
@@ -135,15 +138,15 @@ def plan_split(asked: Asked) -> SplitPlan:
     """
     _check_numbers(asked)
     config = None if asked.target is None else load_config(_config_of(asked.target), asked.overrides)
-    present = None if config is None else cores_of(config)
     ran = None
     if config is None or asked.rollout_rate is not None:
         measured = _given(asked)
     else:
         run = _run_folder(asked.target, config)
         config_ran = load_config(run.config_path)
-        ran = cores_of(config_ran)
         measured = _measured(asked, run, config_ran)
+        ran = cores_of(config_ran, measured.engines)
+    present = None if config is None else cores_of(config, config.rollout.num_replicas or measured.engines)
     cores = asked.cores if present is None else asked.cores or present.all
     assert cores is not None  # _check_numbers saw to it
     if present is not None and ran is not None and ran.unit != present.unit:
@@ -179,16 +182,25 @@ def write_plan(path: Path, plan: SplitPlan) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def cores_of(config: Config) -> Cores:
-    """What both sides have: GPUs where they are on GPUs, else cores. A teacher's are not among them.
+def cores_of(config: Config, engines: float | None) -> Cores:
+    """What both sides have with so many engines: GPUs where they are on GPUs, else cores. A teacher's are not among
+    them.
 
-    Raises ConfigError where one side is on GPUs and the other one is not, or one has no core of its own.
+    Raises ConfigError where nobody knows how many engines, one side is on GPUs and the other one is not, or one has no
+    core of its own.
     """
     rollout, train = config.rollout, config.train
+    if engines is None:
+        raise ConfigError(
+            "rollout.replicas",
+            got="auto, and no run that measured how many engines that are",
+            wanted="a number",
+            remedy="add it, e.g. rollout.replicas=4",
+        )
     is_gpu = rollout.gpus_per_replica > 0 or train.gpus_per_rank > 0
     kind = "gpus" if is_gpu else "cpus"
     cores = Cores(
-        rollout=rollout.replicas * (rollout.gpus_per_replica if is_gpu else rollout.cpus_per_replica),
+        rollout=engines * (rollout.gpus_per_replica if is_gpu else rollout.cpus_per_replica),
         trainer=train.processes * (train.gpus_per_rank if is_gpu else train.cpus_per_rank),
         unit="GPUs" if is_gpu else "cores",
     )
@@ -302,6 +314,7 @@ def _given(asked: Asked) -> Measured:
         trainer=Side(rollouts_per_s=asked.trainer_rate, cores=1.0, scaling=by_doubling(asked.trainer_doubling)),
         idle={},
         rollouts_per_s=None,
+        engines=None,
         origin="given",
     )
 
@@ -319,12 +332,13 @@ def _measured(asked: Asked, run: RunFolder, ran: Config) -> Measured:
             remedy="wait for its first steps, name another run, or give --rollout-rate and --trainer-rate",
         )
     steps = values["steps" if ended else "step"]
-    cores = cores_of(ran)
+    engines = round(float(values[ENGINES]), 2)  # the clock's rounding is no other split
+    cores = cores_of(ran, engines)
     return Measured(
         rollout=Side(
             rollouts_per_s=values[RATES[0]],
             cores=cores.rollout,
-            parts=ran.rollout.replicas,
+            parts=engines,
             tokens_per_s=_number(values, "balance/rollout_tokens_per_s"),
             scaling=by_doubling(asked.rollout_doubling),
         ),
@@ -337,6 +351,7 @@ def _measured(asked: Asked, run: RunFolder, ran: Config) -> Measured:
         ),
         idle={side: share for side, names in IDLE.items() if (share := _number(values, names[int(ended)])) is not None},
         rollouts_per_s=_number(values, PACE[int(ended)]),
+        engines=engines,
         origin=f"{run.path}, all {steps} steps" if ended else f"{run.path}, the last steps up to step {steps}",
     )
 

@@ -25,7 +25,7 @@ def _rates(plan: SplitPlan) -> list[str]:
         f"{'':<22}{plan.unit:>8}{'rollouts/s':>12}{each:>10}{'tokens/s':>10}{'idle':>7}",
     ]
     for name, title, side in (("rollout", "engines", measured.rollout), ("trainer", "trainer", measured.trainer)):
-        lines.append(_rate(f"{title}, {side.parts}" if measured.idle else title, side, measured.idle.get(name)))
+        lines.append(_rate(f"{title}, {side.parts:g}" if measured.idle else title, side, measured.idle.get(name)))
     return lines
 
 

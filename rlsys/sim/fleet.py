@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from rlsys.controller.parts import Survey
 from rlsys.controller.saving import gone_on_from
 from rlsys.controller.state import RunState
 from rlsys.envs.single_turn import SingleTurn
+from rlsys.errors import EngineLost
 from rlsys.prompts.question import Question
 from rlsys.prompts.source import LoadedData, PromptSource
 from rlsys.prompts.split import Split
@@ -29,6 +32,7 @@ from rlsys.rollout.clock import Clock
 from rlsys.rollout.engine import Engine
 from rlsys.rollout.play import Member, Player, PlaySpec
 from rlsys.rollout.router import EngineReport
+from rlsys.rollout.sim_engine import SimEngine
 
 VOCAB_SIZE = 128  # the characters of ASCII
 CACHE_BLOCK_TOKENS = 4  # as long as most of the questions
@@ -56,18 +60,23 @@ class SimFleet:
     """
 
     def __init__(self, engines: Mapping[str, Engine], clock: Clock, cached_rollouts: int | None = None) -> None:
-        self.engines = dict(engines)
-        tokenizer = CharTokenizer()
-        self._players = {
-            name: Player(engine, name, make_env=SingleTurn, tokenizer=tokenizer, clock=clock)
-            for name, engine in engines.items()
-        }
-        self._cached = cached_rollouts or sys.maxsize
-        self._caches = {name: asyncio.Semaphore(self._cached) for name in engines}
+        self._clock, self._cached = clock, cached_rollouts or sys.maxsize
+        self.engines: dict[str, Engine] = {}
+        self.removed: set[str] = set()
+        self._players: dict[str, Player] = {}
+        self._caches: dict[str, asyncio.Semaphore] = {}
         self._running = Counter[str]()
+        for name, engine in engines.items():
+            self.admit(name, engine)
 
     def names(self) -> Sequence[str]:
         return tuple(self.engines)
+
+    def admit(self, name: str, engine: Engine) -> None:
+        """A further engine, which is up."""
+        self.engines[name] = engine
+        self._players[name] = Player(engine, name, make_env=SingleTurn, tokenizer=CharTokenizer(), clock=self._clock)
+        self._caches[name] = asyncio.Semaphore(self._cached)
 
     async def play(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
         self._running[engine] += 1
@@ -90,7 +99,91 @@ class SimFleet:
         return await self.engines[engine].load_weights(weights)
 
     async def remove(self, engine: str) -> None:
+        self.removed.add(engine)
         await self.engines[engine].stop()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimMachine:
+    """A machine that has room for engines.
+
+    Attributes:
+        room: engines at once, those of the start included.
+        joins_s, leaves_s: from when to when it is there, seconds.
+        is_drained: it says that it leaves, and is not gone at once.
+        broken_starts: so many engines that start there fail, the first ones.
+        lives_s: an engine that starts there dies after so many seconds; None: it does not.
+    """
+
+    room: int
+    joins_s: float = 0.0
+    leaves_s: float = math.inf
+    is_drained: bool = False
+    broken_starts: int = 0
+    lives_s: float | None = None
+
+
+class SimMachines:
+    """Machines by name. The engines of the start stand on ``HOME``.
+
+    Args:
+        new_engine: of a given name.
+        start_s: an engine comes up in so many seconds.
+    """
+
+    HOME = "home"
+
+    def __init__(
+        self,
+        fleet: SimFleet,
+        machines: Mapping[str, SimMachine],
+        clock: Clock,
+        *,
+        new_engine: Callable[[str], SimEngine],
+        start_s: float,
+    ) -> None:
+        self._fleet, self._machines, self._clock = fleet, machines, clock
+        self._new_engine, self._start_s = new_engine, start_s
+        self._at = dict.fromkeys(fleet.names(), self.HOME)
+        self._started: dict[str, SimEngine] = {}
+        self._num_broken = Counter[str]()
+
+    def engines(self) -> Mapping[str, str]:
+        return dict.fromkeys(self._fleet.names(), self.HOME)
+
+    async def survey(self) -> Survey:
+        now = self._clock.now()
+        there = {name: one for name, one in self._machines.items() if one.joins_s <= now < one.leaves_s}
+        standing = Counter(machine for name, machine in self._at.items() if name not in self._fleet.removed)
+        gone = {name for name, one in self._machines.items() if one.leaves_s <= now}
+        return Survey(
+            room={name: one.room - standing[name] for name, one in there.items()},
+            leaving=frozenset(name for name, machine in self._at.items() if machine in gone),
+        )
+
+    async def start(self, engine: str, machine: str) -> None:
+        self._at[engine] = machine
+        described = self._machines[machine]
+        try:
+            await self._clock.sleep(self._start_s)
+            if self._num_broken[machine] < described.broken_starts:
+                self._num_broken[machine] += 1
+                raise EngineLost(f"{machine} is broken")
+            if self._clock.now() >= described.leaves_s:
+                raise EngineLost(f"{machine} is gone")
+        except BaseException:
+            del self._at[engine]
+            raise
+        started = self._started[engine] = self._new_engine(engine)
+        self._fleet.admit(engine, started)
+        if described.lives_s is not None:
+            asyncio.get_running_loop().call_later(described.lives_s, started.crash)
+
+    def crash_at(self, machine: str) -> None:
+        """It is gone, with all that stood there."""
+        for name, engine in self._started.items():
+            if self._at[name] == machine:
+                engine.crash()
 
 
 class SimScorer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,18 @@ from rlsys.records import RolloutGroup, Version
 from rlsys.rollout.play import PlaySpec
 from rlsys.rollout.sim_engine import SimEngine, learning_answer
 from rlsys.sim.clock import VirtualClock
-from rlsys.sim.fleet import VOCAB_SIZE, SimCheckpoints, SimDisk, SimFleet, SimLearner, SimScorer, doubled, sim_source
+from rlsys.sim.fleet import (
+    VOCAB_SIZE,
+    SimCheckpoints,
+    SimDisk,
+    SimFleet,
+    SimLearner,
+    SimMachine,
+    SimMachines,
+    SimScorer,
+    doubled,
+    sim_source,
+)
 from rlsys.weights.pool import NUM_SEGMENTS, SegmentPool
 
 MAX_TOKENS = 16  # of an answer
@@ -30,6 +42,9 @@ class World:
     Attributes:
         cached_rollouts: how many rollouts the cache of an engine holds, whatever its slots; None means all.
         crashes: engine index to the moment at which it dies.
+        machines: where engines can come; without any, those of the start are all.
+        wanted: engines that are wanted; None: as many as the machines have room for.
+        start_s: an engine comes up in so many seconds.
         shaping: rows of SHAPINGS, parameters bound.
         selection: names and rows of SELECTIONS, parameters bound.
     """
@@ -59,6 +74,9 @@ class World:
     score_timeout_s: float = 60.0
     stall_s: float = 120.0
     crashes: Mapping[int, float] = field(default_factory=dict)
+    machines: Mapping[str, SimMachine] = field(default_factory=dict)
+    wanted: int | None = None
+    start_s: float = 3.0
     greedy_baseline: bool = False
     shaping: Sequence[Callable[..., Any]] = ()
     selection: Sequence[tuple[str, Callable[..., Any]]] = ()
@@ -124,10 +142,18 @@ def simulate(
         engines = [_engine(world, index, clock) for index in range(world.replicas)]
         named = {f"rollout-{index}": engine for index, engine in enumerate(engines)}
         fleet = SimFleet(named, clock, world.cached_rollouts)
+        machines = SimMachines(
+            fleet,
+            world.machines,
+            clock,
+            new_engine=lambda name: _engine(world, int(name.removeprefix("rollout-")), clock),
+            start_s=world.start_s,
+        )
         learner = SimLearner(clock, state.version, step_s=world.step_s, export_s=world.export_s)
         parts = Parts(
             source=sim_source(world.num_questions, world.num_eval, world.seed),
             fleet=fleet,
+            machines=machines,
             scorer=SimScorer(clock, world.score_s),
             grader=SimScorer(clock, world.score_s),
             select=_selector(world),
@@ -143,10 +169,7 @@ def simulate(
         )
         loops = Loops(parts, _plan(world), state)
         disturb(loops, fleet)
-        crashes = [
-            asyncio.get_running_loop().call_later(moment_s, engines[index].crash)
-            for index, moment_s in world.crashes.items()
-        ]
+        crashes = _schedule(world, engines, machines)
         try:
             await loops.run()
         finally:
@@ -156,6 +179,17 @@ def simulate(
         return SimReport(loops=loops, sink=sink, trained=learner.trained, summary=summary, virtual_s=clock.now())
 
     return clock.run(main())
+
+
+def _schedule(world: World, engines: Sequence[SimEngine], machines: SimMachines) -> list[asyncio.TimerHandle]:
+    """What dies, at its moment."""
+    later = asyncio.get_running_loop().call_later
+    crashes = [later(moment_s, engines[index].crash) for index, moment_s in world.crashes.items()]
+    return crashes + [
+        later(machine.leaves_s, machines.crash_at, name)
+        for name, machine in world.machines.items()
+        if machine.leaves_s < math.inf and not machine.is_drained
+    ]
 
 
 def _engine(world: World, index: int, clock: VirtualClock) -> SimEngine:
@@ -182,6 +216,7 @@ def _plan(world: World) -> Plan:
         age_policy=world.age_policy,
         oversample=world.oversample,
         slots=world.slots,
+        replicas=world.wanted,
         min_compared=2,
         max_retries=3,
         update_share=1.0,
@@ -199,6 +234,7 @@ def _plan(world: World) -> Plan:
         pass_at=(),
         correct_at=1.0,
         rollouts_logged=0,
+        start_timeout_s=60.0,
         play_timeout_s=60.0,
         score_timeout_s=world.score_timeout_s,
         step_timeout_s=60.0,

@@ -27,7 +27,7 @@ from rlsys.controller.state import RunState
 from rlsys.prompts.source import SourceCounts
 from rlsys.records import Draw, LoadReport, Probe, Prompt, StepReport, StopReason, Turn, Version, WeightVersion
 from rlsys.rollout.play import PlaySpec
-from rlsys.sim.fleet import SimCheckpoints, SimDisk, SimFleet
+from rlsys.sim.fleet import SimCheckpoints, SimDisk, SimFleet, SimMachines
 from rlsys.sim.world import RecordingSink
 from rlsys.train.learner import LearnerRank
 from rlsys.train.objective import Objective
@@ -42,6 +42,10 @@ QUESTIONS = [f"{index:04d}" for index in range(STEPS * PROMPTS)]
 
 def reward_of(token_ids: Sequence[int]) -> float:
     return sum(token_id % 2 for token_id in token_ids) / len(token_ids)
+
+
+def no_other_engine(name):
+    raise AssertionError("the engine of the start is never replaced")
 
 
 class OwnForwardEngine:
@@ -142,6 +146,7 @@ def run_system(rank: LearnerRank) -> tuple[OwnLearner, Loops]:
         age_policy="drop",
         oversample=0.0,
         slots=PROMPTS * GROUP,
+        replicas=1,
         min_compared=2,
         max_retries=3,
         update_share=1.0,
@@ -153,6 +158,7 @@ def run_system(rank: LearnerRank) -> tuple[OwnLearner, Loops]:
         pass_at=(),
         correct_at=1.0,
         rollouts_logged=0,
+        start_timeout_s=60.0,
         play_timeout_s=60.0,
         score_timeout_s=60.0,
         step_timeout_s=60.0,
@@ -160,9 +166,11 @@ def run_system(rank: LearnerRank) -> tuple[OwnLearner, Loops]:
         engine_cores=1.0,
         trainer_cores=1.0,
     )
+    fleet = SimFleet({"own": OwnForwardEngine(rank._policy.module)}, clock)
     parts = Parts(
         source=FixedSource(),
-        fleet=SimFleet({"own": OwnForwardEngine(rank._policy.module)}, clock),
+        fleet=fleet,
+        machines=SimMachines(fleet, {}, clock, new_engine=no_other_engine, start_s=0.0),
         scorer=ParityScorer(),
         grader=ParityScorer(),
         select=lambda group: group,

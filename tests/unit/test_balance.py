@@ -130,9 +130,10 @@ def test_the_share_reported_by_a_run_is_the_balanced_one_of_proportional_rates(
     made, trained, rollout_cores, trainer_cores
 ):
     work = Work(
-        wall_s=5.0, wait_s=1.0, train_s=3.0, busy_s=4.0, made=made, trained=trained, sampled_tokens=1, trained_tokens=1
-    )
-    reported = balance_metrics(work, rollout_cores=rollout_cores, trainer_cores=trainer_cores)["balance/trainer_share"]
+        wall_s=5.0, wait_s=1.0, train_s=3.0, service_s=5.0, busy_s=4.0, made=made, trained=trained, sampled_tokens=1,
+        trained_tokens=1,
+    )  # fmt: skip
+    reported = balance_metrics(work, engine_cores=rollout_cores, trainer_cores=trainer_cores)["balance/trainer_share"]
     rollout = Side(rollouts_per_s=made / 4.0, cores=rollout_cores)
     trainer = Side(rollouts_per_s=trained / 3.0, cores=trainer_cores)
     assert reported == pytest.approx(balanced(rollout, trainer, rollout_cores + trainer_cores).trainer_share, rel=1e-6)

@@ -11,7 +11,7 @@ import pytest
 from rlsys.controller.gather import Gatherer
 from rlsys.controller.ledger import Stage
 from rlsys.controller.roster import Roster
-from rlsys.errors import EngineLost, FleetLost
+from rlsys.errors import EngineLost
 from rlsys.records import DropCause, DroppedRollout, Prompt, Rollout, RolloutGroup
 from rlsys.rollout.play import Member, PlaySpec
 from rlsys.rollout.router import EngineReport
@@ -154,9 +154,17 @@ def test_an_engine_that_misses_the_deadline_of_a_rollout_is_lost():
     assert scene.lost[0][0] == "e0" and "e0 to play test:0:0#0/" in scene.lost[0][1]
 
 
-def test_with_the_last_engine_gone_the_group_is_not_played_on():
-    with pytest.raises(FleetLost):
-        Scene(lose_engines("e0", "e1")).run(Scene.play)
+def test_with_the_last_engine_gone_a_group_waits_for_one_that_comes():
+    async def until_one_comes(scene: Scene):
+        playing = asyncio.create_task(scene.play())
+        await scene.clock.sleep(7.0)
+        assert scene.roster.names == () and not playing.done()
+        scene.roster.add("e2")
+        scene.roster.serve("e2", 0)
+        return await playing
+
+    group = Scene(lose_engines("e0", "e1")).run(until_one_comes)
+    assert [rollout.engine for rollout in group.rollouts] == ["e2"] * 3 and group.dropped == ()
 
 
 def test_a_group_given_up_gives_all_its_slots_back():

@@ -15,6 +15,7 @@ ROW = {
     "version": "0.7",
     "time_s": 3.5,
     "balance/rollouts_made_per_s": 40.0,
+    "balance/engines": 2.0,
     "balance/rollouts_trained_per_s": 120.0,
     "balance/rollout_tokens_per_s": 400.0,
     "balance/trainer_tokens_per_s": 1100.0,
@@ -89,6 +90,7 @@ def test_a_run_that_has_ended_is_planned_by_the_whole_of_it(tmp_path, run):
     result = {
         "steps": 9,
         "balance/rollouts_made_per_s": 60.0,
+        "balance/engines": 2.0,
         "balance/rollouts_trained_per_s": 60.0,
         "rollouts_per_s": 60.0,
         "idle/trainer": 0.0,
@@ -119,6 +121,22 @@ def test_words_ask_about_another_split_of_the_same_rates(tmp_path, run):
     assert figures["present/rollouts_per_s"] == pytest.approx(60.0)
     assert figures["speedup_over_present"] == pytest.approx(1.0)
     assert figures["measured/share_of_expected"] == pytest.approx(30 / 40)  # of the split that it ran with
+
+
+def test_a_run_of_an_open_number_of_engines_is_planned_with_as_many_as_it_had(tmp_path, run, config):
+    (run / "config.yaml").write_text(dump_config(load_config(config, ["rollout.replicas=auto"])))
+    row = {**ROW, "balance/engines": 4.0, "balance/rollouts_made_per_s": 80.0}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    figures = figures_of(tmp_path, run)
+    # 4 cores make 80, 2 train 120: the same rates of a core as with half of the engines
+    assert (figures["present/rollout_cores"], figures["rollout/rollouts_per_s_of_a_part"]) == (4.0, 20.0)
+    assert figures["trainer_share"] == pytest.approx(0.25)
+    assert figures_of(tmp_path, run, "rollout.replicas=2")["present/rollouts_per_s"] == pytest.approx(40.0)
+
+
+def test_an_open_number_of_engines_that_no_run_has_measured_is_refused(config):
+    done = invoke(config, "rollout.replicas=auto", "--rollout-rate", 10, "--trainer-rate", 30)
+    assert done.exit_code == 2 and "auto, and no run that measured how many engines that are" in done.output
 
 
 def test_a_run_that_takes_turns_is_told_so(run):

@@ -402,6 +402,15 @@ def test_a_batch_of_tokens_and_a_paced_age_are_told_as_they_are():
     assert "staleness/violations" in text
 
 
+def test_an_open_number_of_engines_is_told_by_how_many_of_them_the_lead_fills():
+    config = config_of(
+        "rollout.replicas=auto", "rollout.slots=64", "rollout.max_staleness=2", "train.prompts_per_batch=4",
+        "rollout.group_size=8",
+    )  # fmt: skip
+    text = "\n".join(facts.of_run(config))
+    assert "engines: as many as the cluster holds beside the learner, 64 slots each; the lead bound fills 1.5" in text
+
+
 def found_of(config: Config) -> facts.Found:
     questions = tuple(Question(content=str(number), answer=None, fields={}) for number in range(170))
     data = LoadedData(name="test", split=Split(train=questions[:160], held_out=questions[160:]))

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.controller.roster import Place, Roster
-from rlsys.errors import FleetLost
+from rlsys.controller.roster import EngineSeconds, Place, Roster
 from rlsys.rollout.router import EngineReport
 from rlsys.sim.clock import VirtualClock
 
@@ -116,25 +115,73 @@ def test_a_request_given_up_gives_its_slot_back():
     clock.run(scenario())
 
 
-def test_with_the_last_engine_gone_everybody_who_waits_is_told():
+def test_with_the_last_engine_gone_everybody_waits_for_one_that_comes_and_proves_what_it_serves():
     clock = VirtualClock()
 
     async def scenario():
-        roster = new_roster(clock, a=0)
-        await ask(roster, roster.line_up(), 4)
-        (waiting,) = await ask(roster, roster.line_up())
+        roster = new_roster(clock, a=3)
+        await ask(roster, roster.line_up(min_step=3), 4)
+        waiting = await ask(roster, roster.line_up(min_step=3), 2)
         roster.remove("a")
-        with pytest.raises(FleetLost):
-            await waiting
-        with pytest.raises(FleetLost):
-            await roster.acquire(roster.line_up())
-        with pytest.raises(FleetLost):
-            await roster.wait_all_serve(1)
+        everywhere = asyncio.create_task(roster.wait_all_serve(3))
+        roster.add("b")
+        await settle()
+        assert not done(waiting) and not everywhere.done() and roster.num_in_service == 0
+        roster.serve("b", 2)  # proven, and too old for both
+        await settle()
+        assert not done(waiting) and not everywhere.done() and roster.num_in_service == 1
+        roster.serve("b", 3)
+        await everywhere
+        assert [await one for one in waiting] == ["b", "b"]
 
     clock.run(scenario())
 
 
-def test_busy_seconds_count_the_time_with_something_to_do_averaged_over_engines():
+def test_a_newcomer_takes_no_rollout_and_holds_up_no_publication_before_its_first_proof():
+    clock = VirtualClock()
+
+    async def scenario():
+        roster = new_roster(clock, a=1)
+        roster.add("b")
+        waiting = await ask(roster, roster.line_up(), 6)
+        assert (done(waiting), roster.num_running) == (4, 4)
+        await roster.wait_all_serve(1)
+        assert roster.is_newcomer("b") and not roster.is_newcomer("a")
+        roster.serve("b", 1)
+        await settle()
+        assert (done(waiting), roster.is_newcomer("b")) == (6, False)
+        everywhere = asyncio.create_task(roster.wait_all_serve(2))
+        roster.serve("a", 2)
+        await settle()
+        assert not everywhere.done(), "an engine in service was not waited for"
+        roster.serve("b", 2)
+        await everywhere
+        with pytest.raises(ValueError, match="b is here already"):
+            roster.add("b")
+
+    clock.run(scenario())
+
+
+def test_seconds_in_service_and_busy_ones_stay_when_their_engine_goes():
+    clock = VirtualClock()
+
+    async def scenario():
+        roster = new_roster(clock, a=0)
+        await clock.sleep(2.0)
+        assert await roster.acquire(roster.line_up()) == "a"
+        await clock.sleep(3.0)
+        roster.remove("a")  # busy for 3 of 5 seconds; its rollout went with it
+        roster.release("a")
+        roster.add("b")
+        await clock.sleep(10.0)  # b has proven nothing: nobody is in service
+        roster.serve("b", 0)
+        await clock.sleep(4.0)
+        assert roster.seconds() == EngineSeconds(in_service=9.0, busy=3.0)
+
+    clock.run(scenario())
+
+
+def test_busy_seconds_count_the_time_with_something_to_do():
     clock = VirtualClock()
 
     async def scenario():
@@ -147,7 +194,8 @@ def test_busy_seconds_count_the_time_with_something_to_do_averaged_over_engines(
         await clock.sleep(1.0)
         roster.release(second)
         await clock.sleep(5.0)
-        assert (first, second) == ("a", "a") and roster.busy_seconds() == pytest.approx(1.0)
+        assert (first, second) == ("a", "a")
+        assert roster.seconds() == EngineSeconds(in_service=2 * 7.0, busy=2.0)
 
     clock.run(scenario())
 
@@ -220,6 +268,8 @@ acts = st.lists(
         st.tuples(st.just("late"), st.integers(0, 9), st.just(0)),
         st.tuples(st.just("give up"), st.integers(0, 99), st.just(0)),
         st.tuples(st.just("report"), st.integers(0, 1), st.booleans()),
+        st.tuples(st.just("come"), st.just(0), st.just(0)),
+        st.tuples(st.just("go"), st.integers(0, 99), st.just(0)),
     ),
     max_size=40,
 )
@@ -229,11 +279,11 @@ acts = st.lists(
 @given(acts, st.integers(1, 4))
 def test_whatever_happens_slots_are_kept_order_is_kept_and_no_slot_lies_idle_that_somebody_may_use(told, slots):
     clock = VirtualClock()
-    names = ("a", "b")
 
     async def scenario():
         roster = new_roster(clock, slots=slots, a=0, b=0)
-        steps, held, waiting, places = {"a": 0, "b": 0}, [], [], []
+        steps, held, waiting, places = {"a": 0, "b": 0}, [], [], []  # steps: -1 where nothing is proven
+        num_named = 2
 
         async def settled() -> None:
             await settle()
@@ -243,17 +293,19 @@ def test_whatever_happens_slots_are_kept_order_is_kept_and_no_slot_lies_idle_tha
                     held.append(task.result())
                     assert steps[task.result()] >= place.min_step
                     younger_started.append((place.number, task.result()))
-            for name in names:
+            assert set(roster.names) == set(steps)
+            for name in steps:
                 assert held.count(name) <= slots
-            assert roster.num_running == len(held)
+            assert roster.num_running == sum(name in steps for name in held)
             for place, _ in waiting:
                 for number, name in younger_started:
                     assert number <= place.number or steps[name] < place.min_step, "an older group was overtaken"
-            for name in names:
+            for name in steps:
                 free = roster._load(name).free_slots
                 assert not free or not any(steps[name] >= place.min_step for place, _ in waiting), "a slot lies idle"
 
         for what, one, other in told:
+            names = sorted(steps)
             younger_started: list[tuple[int, str]] = []
             if what == "line up":
                 places.append(roster.line_up(min_step=one))
@@ -263,13 +315,21 @@ def test_whatever_happens_slots_are_kept_order_is_kept_and_no_slot_lies_idle_tha
                 waiting.append((place, asyncio.create_task(roster.acquire(place))))
             elif what == "release" and held:
                 roster.release(held.pop(one % len(held)))
-            elif what == "serve":
-                steps[names[one]] = max(steps[names[one]], other)
-                roster.serve(names[one], steps[names[one]])
+            elif what == "serve" and names:
+                name = names[one % len(names)]
+                steps[name] = max(steps[name], other)
+                roster.serve(name, steps[name])
             elif what == "give up" and waiting:
                 waiting[one % len(waiting)][1].cancel()
-            elif what == "report":
-                roster.observe(names[one], says(other))
+            elif what == "report" and names:
+                roster.observe(names[one % len(names)], says(other))
+            elif what == "come":
+                name, num_named = f"e{num_named}", num_named + 1
+                steps[name] = -1
+                roster.add(name)
+            elif what == "go" and names:
+                del steps[names[one % len(names)]]
+                roster.remove(names[one % len(names)])
             await settled()
 
     clock.run(scenario())

@@ -42,6 +42,10 @@ class SilentSink:
         raise AssertionError(text)
 
 
+async def lose_none(engine: str, reason: str) -> None:
+    raise AssertionError(f"{engine}: {reason}")
+
+
 def synced(num_engines: int, share: float, versions: int, gap_s: float) -> tuple[CountingFleet, float]:
     """Publish versions one after another, then wait until every engine serves the last. Returns the fleet and the
     seconds."""
@@ -57,8 +61,10 @@ def synced(num_engines: int, share: float, versions: int, gap_s: float) -> tuple
             segments=SegmentPool(["a", "b"]),
             clock=clock,
             sink=SilentSink(),  # type: ignore[arg-type]
+            lose=lose_none,
             export_timeout_s=10.0,
             load_timeout_s=10.0,
+            start_timeout_s=10.0,
             share=share,
         )
         pulls = [asyncio.create_task(sync.pull_loop(name)) for name in names]

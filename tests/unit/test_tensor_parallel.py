@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rlsys.actors.cluster import bundles
+from rlsys.actors.cluster import engine_bundle, other_bundles
 from rlsys.config.load import apply_overrides
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
@@ -75,8 +75,8 @@ def test_adapters_are_refused_beside_it():
 def test_every_process_has_its_place_and_its_cores():
     config = config_of("train.ranks=3", "train.cpus_per_rank=0.5", "rollout.replicas=2", "rollout.cpus_per_replica=2")
     assert config.train.processes == 6
-    assert bundles(config) == [{"CPU": 2.0}] * 2 + [{"CPU": 0.5}] * 6
-    assert cores_of(config).trainer == 3.0
+    assert engine_bundle(config) == {"CPU": 2.0} and other_bundles(config) == [{"CPU": 0.5}] * 6
+    assert cores_of(config, 2).trainer == 3.0
 
 
 def test_activation_checkpointing_needs_a_class_that_can(monkeypatch):
