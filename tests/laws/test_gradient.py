@@ -126,29 +126,6 @@ def packed(samples: Sequence[Sample], world_size: int, budget: int, steps: int =
     return lambda rank: [batch.for_rank(rank)]
 
 
-@pytest.mark.parametrize(
-    ("world_size", "zero_stage", "budget"),
-    [(1, 0, 4096), (1, 0, 64), (1, 0, 150), (2, 0, 128), (2, 1, 150), (2, 2, 64), (2, 3, 128)],
-)
-def test_gradient_does_not_depend_on_budget_ranks_or_zero_stage(
-    ranks, model_path, groups, samples, world_size, zero_stage, budget
-):
-    loss, gradient = reference_step(load(model_path), groups)
-    outcomes = ranks.run(
-        world_size,
-        packed(samples, world_size, budget),
-        model_path=model_path,
-        train=section(zero_stage, world_size),
-    )
-    assert relative_difference(gradient_of(outcomes[0]), gradient) <= EXACT
-    norm = np.sqrt(sum(np.square(g.astype(float)).sum() for g in gradient.values()))
-    for outcome in outcomes:
-        (metrics,) = outcome.metrics
-        assert metrics["actor/pg_loss"] == pytest.approx(loss, rel=1e-5)
-        assert metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-5)
-        assert metrics["actor/ppo_kl"] == 0.0
-
-
 KINDS_OF_ROWS = {
     "sequence loss": Objective(
         loss=POLICY_LOSSES["gspo"], correction=CORRECTIONS["tis"], aggregation=AGGREGATIONS["seq_mean_token_mean"]
