@@ -8,6 +8,7 @@ settings.register_profile("rlsys", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("rlsys")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin that reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run in several processes, those with real engines stay in one of them, one after another: each has
     clusters, ports, shared memory and two cores to itself but for the pure tests beside it."""

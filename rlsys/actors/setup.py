@@ -117,6 +117,7 @@ def _buffer(config: Config, *, home: str) -> RayBuffer:
         actor.remote(
             max_staleness=config.rollout.max_staleness,
             age_policy=config.rollout.age_policy,
+            batch=_batch_rule(config),
             min_compared=min_compared(config),
         )
     )

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
@@ -29,6 +28,7 @@ from rlsys.algo.objective import objective_statistics, policy_objective, settle_
 from rlsys.algo.rows import facts_of
 from rlsys.algo.segments import Segments
 from rlsys.bench.report import Report
+from rlsys.bench.timing import fastest_s, one_thread
 
 NUM_TOKENS = 1_000_000
 REPEATS = 3
@@ -44,11 +44,11 @@ def measure(num_tokens: int = NUM_TOKENS, repeats: int = REPEATS) -> Report:
     inputs = make_inputs(num_tokens)
     seconds: dict[str, list[float]] = {}
     bytes_per_token: dict[str, list[float]] = {}
-    with _one_thread():
+    with one_thread():
         for loss in POLICY_LOSSES:
             passes = [_pass_of(loss, correction, inputs) for correction in CORRECTIONS_MEASURED]
             bytes_per_token[loss] = [peak_bytes(one_pass) / num_tokens for one_pass in passes]
-            seconds[loss] = [min(_seconds(one_pass) for _ in range(repeats)) for one_pass in passes]
+            seconds[loss] = [fastest_s(one_pass, repeats) for one_pass in passes]
     figures = {
         "seconds_max": max(max(values) for values in seconds.values()),
         "bytes_per_token_max": max(max(values) for values in bytes_per_token.values()),
@@ -128,22 +128,6 @@ def _quiet_errors() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(nowhere)
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _table(num_tokens: int, seconds: Mapping[str, list[float]], bytes_per_token: Mapping[str, list[float]]) -> str:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rlsys.bench.report import Report
+from rlsys.bench.timing import fastest_s, one_thread
 from rlsys.bench.weight_sync_engines import Plan, measure_engines
 from rlsys.models.folder import write_folder
 from rlsys.models.tiny.model import make_random_model, make_tokenizer
@@ -64,8 +64,8 @@ def transport(model: PreTrainedModel, repeats: int = REPEATS) -> dict[str, float
         for name, tensor in weights.items():
             targets[name].copy_(tensor)
 
-    with _one_thread():
-        found = {"memcpy_s": _fastest(copy, repeats)}
+    with one_thread():
+        found = {"memcpy_s": fastest_s(copy, repeats)}
         for channel, dtype in (("shm", torch.float32), ("bfloat16", torch.bfloat16)):
             parts = _segment_seconds(model, segment_path(RUN, channel), dtype, targets, repeats)
             found |= parts if channel == "shm" else {f"{channel}/{name}": value for name, value in parts.items()}
@@ -92,9 +92,9 @@ def _segment_seconds(
             targets[name].copy_(tensor)
 
     return {
-        "export_s": _fastest(export, repeats),
-        "verify_s": _fastest(lambda: SegmentReader(str(path), entries).verify(), repeats),
-        "copy_out_s": _fastest(copy_out, repeats),
+        "export_s": fastest_s(export, repeats),
+        "verify_s": fastest_s(lambda: SegmentReader(str(path), entries).verify(), repeats),
+        "copy_out_s": fastest_s(copy_out, repeats),
     }
 
 
@@ -113,7 +113,7 @@ def _tcp_seconds(model: PreTrainedModel, repeats: int) -> float:
     )
     server = SegmentServer("127.0.0.1", [path])
     try:
-        return _fastest(lambda: mirror(weights, server.source, there), repeats)
+        return fastest_s(lambda: mirror(weights, server.source, there), repeats)
     finally:
         server.close()
 
@@ -142,27 +142,6 @@ def _through_files(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     write_folder(folder, model, model.config, GenerationConfig(eos_token_id=1), make_tokenizer())
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return loaded
-
-
-def _fastest(run: Callable[[], object], repeats: int) -> float:
-    """Seconds; a first run warms up."""
-    run()
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from rlsys.records import DropCause, Prompt, RolloutGroup
 from rlsys.rollout.play import greedy_id
 
 LOST_GROUPS_IN_A_ROW = 64  # groups lost whole to faults, one after another, before the run gives up
-MAX_AGED_BATCHES = 10  # so many batches' worth of groups too old, likewise
-MAX_FILTERED_BATCHES = 10  # so many batches' worth of groups filtered whole, one after another, likewise
+MAX_AGED_BATCHES = 10  # so many batches' worth of groups too old, one after another, where that is more; likewise
+MAX_FILTERED_BATCHES = 10  # so many batches' worth of groups filtered whole, likewise
 AGED = frozenset({DropCause.TOO_STALE, DropCause.STOPPED})
 FAULTS = frozenset({DropCause.ENGINE_REFUSED, DropCause.EMPTY})  # asking again would end the same way
 
@@ -65,7 +65,7 @@ class Attrition:
         self._lost_in_a_row = 0
         self._filtered_scores.append(float(np.mean([rollout.reward for rollout in group.rollouts])))
         self._filtered_by.update(member.detail for member in left.dropped if member.cause is DropCause.FILTERED)
-        if len(self._filtered_scores) > MAX_FILTERED_BATCHES * self._plan.batch.prompts:
+        if len(self._filtered_scores) > max(LOST_GROUPS_IN_A_ROW, MAX_FILTERED_BATCHES * self._plan.batch.prompts):
             raise TooManyDrops(
                 f"{len(self._filtered_scores)} groups in a row were filtered whole by algo.selection "
                 f"({', '.join(self._filtered_by)}). Their mean score is {np.mean(self._filtered_scores):.4g}: the "

@@ -11,7 +11,7 @@ import pytest
 from rlsys.algo.selection import mean_between, overlong, roc, zero_variance
 from rlsys.algo.shaping import overlong_penalty
 from rlsys.buffer.staleness import staleness_of
-from rlsys.controller.attrition import MAX_FILTERED_BATCHES
+from rlsys.controller.attrition import LOST_GROUPS_IN_A_ROW, MAX_FILTERED_BATCHES
 from rlsys.errors import RequestRefused, TooManyDrops
 from rlsys.records import DropCause, StopReason
 from rlsys.rollout.play import greedy_id
@@ -148,7 +148,7 @@ def test_a_group_of_which_one_rollout_is_trained_is_compared_with_all_of_its_rew
 
 def test_a_run_of_which_every_group_is_filtered_stops_and_names_the_rows_and_the_mean_score():
     world = World(selection=(("mean_between(high=0.9)", partial(mean_between, high=0.9)), *ZERO_VARIANCE))
-    limit = MAX_FILTERED_BATCHES * world.prompts_per_batch
+    limit = max(LOST_GROUPS_IN_A_ROW, MAX_FILTERED_BATCHES * world.prompts_per_batch)
     with pytest.raises(
         TooManyDrops, match=rf"{limit + 1} groups in a row .* \(mean_between\(high=0.9\)\).* score is 1:"
     ):
