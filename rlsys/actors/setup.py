@@ -73,14 +73,21 @@ class _Places:
         )
 
 
-async def build_run(config: Config, inputs: Inputs, sink: RunSink, start: Start, store: CheckpointStore) -> Built:
+async def build_run(
+    config: Config,
+    inputs: Inputs,
+    sink: RunSink,
+    start: Start,
+    store: CheckpointStore,
+    rollout_actor: type[RolloutActor] = RolloutActor,
+) -> Built:
     """Create the actors, wait until every one is up, and hand them to the controller, which goes on from ``start``.
 
     Raises RlsysError naming the part that did not come up.
     """
     version = start.state.version
     place = _Places(reserve(config))
-    fleet = RayFleet(dict(_rollout_actors(config, inputs, place)))
+    fleet = RayFleet(dict(_rollout_actors(config, inputs, place, rollout_actor)))
     learner = RayLearner(_learner_actors(config, inputs, place), version)
     workers = _reward_workers(config, inputs)
     buffer = RayBuffer(
@@ -212,7 +219,9 @@ def make_batch(config: Config, inputs: Inputs, incarnation: int, groups: Sequenc
     )
 
 
-def _rollout_actors(config: Config, inputs: Inputs, place: _Places) -> list[tuple[str, Any]]:
+def _rollout_actors(
+    config: Config, inputs: Inputs, place: _Places, rollout_actor: type[RolloutActor]
+) -> list[tuple[str, Any]]:
     rollout = config.rollout
     environment = engine_environment(cpus=rollout.cpus_per_replica, gpus=rollout.gpus_per_replica)
     actors = []
@@ -230,7 +239,7 @@ def _rollout_actors(config: Config, inputs: Inputs, place: _Places) -> list[tupl
             update_mode=rollout.update_mode,
         )
         actor = _actor(
-            RolloutActor,
+            rollout_actor,
             name,
             cpus=rollout.cpus_per_replica,
             gpus=rollout.gpus_per_replica,

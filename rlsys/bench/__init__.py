@@ -4,4 +4,5 @@ from collections.abc import Mapping
 
 BENCHES: Mapping[str, str] = {
     "objective": "time and memory of every policy loss over a million packed tokens, forward and backward",
+    "overlap": "what overlapping rollouts and training gains over synchronous training, on two cores",
 }
