@@ -17,6 +17,7 @@ from rlsys.actors.remote import answer
 from rlsys.envs.single_turn import SingleTurn
 from rlsys.errors import EngineLost
 from rlsys.records import DroppedRollout, LoadReport, Prompt, Rollout, WeightVersion
+from rlsys.rollout.engine import Engine
 from rlsys.rollout.play import Member, Player, PlaySpec
 from rlsys.rollout.router import EngineReport
 from rlsys.rollout.vllm_settings import VllmSettings
@@ -35,7 +36,12 @@ class RolloutActor:
         self._name, self._settings = name, settings
         self._engine = VllmEngine(name, settings)
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        self._tray = Tray(Player(self._engine, name, make_env=SingleTurn, tokenizer=tokenizer, clock=WallClock()))
+        played_on = self.played_on(self._engine)
+        self._tray = Tray(Player(played_on, name, make_env=SingleTurn, tokenizer=tokenizer, clock=WallClock()))
+
+    def played_on(self, engine: Engine) -> Engine:
+        """What stands between the rollouts and the engine: nothing, but in a subclass."""
+        return engine
 
     def __repr__(self) -> str:
         return f"RolloutWorker({self._name})"

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from rlsys.actors.checkpoint import Start, find_start
 from rlsys.actors.cluster import check_resources, ray_cluster
 from rlsys.actors.inputs import Inputs
+from rlsys.actors.rollout import RolloutActor
 from rlsys.actors.setup import Built, build_run
 from rlsys.checkpoints.store import CheckpointStore
 from rlsys.config.schema import Config
@@ -47,11 +48,14 @@ class RunResult:
     failure: str = ""
 
 
-def run_training(config: Config, inputs: Inputs, *, resume: bool = False) -> RunResult:
+def run_training(
+    config: Config, inputs: Inputs, *, resume: bool = False, rollout_actor: type[RolloutActor] = RolloutActor
+) -> RunResult:
     """Train as ``config`` (resolved and checked) says.
 
     Args:
         resume: go on from the newest checkpoint in the run folder; from the beginning where there is none yet.
+        rollout_actor: what plays the rollouts.
 
     Raises:
         ConfigError: the cluster cannot hold the run, or another process runs in its folder; no actor was started.
@@ -71,7 +75,7 @@ def run_training(config: Config, inputs: Inputs, *, resume: bool = False) -> Run
                 sink.event(f"run folder {folder.path}" + (f", Ray dashboard {dashboard}" if dashboard else ""))
                 for sentence in start.told:
                     sink.event(sentence)
-                result = asyncio.run(_drive(config, inputs, sink, folder, start, store))
+                result = asyncio.run(_drive(config, inputs, sink, folder, start, store, rollout_actor))
                 last_words = _last_words(result, store)
         finally:
             sink.close(last_words)
@@ -89,7 +93,13 @@ def finished(config: Config) -> RunResult | None:
 
 
 async def _drive(
-    config: Config, inputs: Inputs, sink: RunSink, folder: RunFolder, start: Start, store: CheckpointStore
+    config: Config,
+    inputs: Inputs,
+    sink: RunSink,
+    folder: RunFolder,
+    start: Start,
+    store: CheckpointStore,
+    rollout_actor: type[RolloutActor],
 ) -> RunResult:
     """Build, run, export. A failure of the run is a result; what was measured until then is kept."""
     stop = _Stop(sink)
@@ -97,7 +107,7 @@ async def _drive(
     status, failure = DONE, ""
     try:
         sink.event("starting the rollout engines, the learner and the reward workers")
-        built = await build_run(config, inputs, sink, start, store)
+        built = await build_run(config, inputs, sink, start, store, rollout_actor)
         stop.loops = built.loops
         await built.loops.run()
         if built.loops.stopping.is_set():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,7 +58,14 @@ class Built:
     teacher: RayTeacher | None
 
 
-async def build_run(config: Config, inputs: Inputs, sink: RunSink, start: Start, store: CheckpointStore) -> Built:
+async def build_run(
+    config: Config,
+    inputs: Inputs,
+    sink: RunSink,
+    start: Start,
+    store: CheckpointStore,
+    rollout_actor: type[RolloutActor] = RolloutActor,
+) -> Built:
     """Create the actors, wait until every one is up, and hand them to the controller, which goes on from ``start``.
 
     Raises RlsysError naming the part that did not come up.
@@ -70,7 +77,8 @@ async def build_run(config: Config, inputs: Inputs, sink: RunSink, start: Start,
     learner = RayLearner(
         _learner_actors(config, inputs, other_places[: train.processes]), version, tensor_parallel=train.tensor_parallel
     )
-    machines = _machines(config, inputs, fleet, learner, sink, home=other_places[0].node)
+    new_engine = partial(_rollout_actor, config, inputs, rollout_actor)
+    machines = _machines(config, fleet, learner, sink, home=other_places[0].node, new_engine=new_engine)
     workers = _reward_workers(config, inputs)
     buffer = _buffer(config, home=other_places[0].node)
     teacher = _teacher(config, inputs, other_places[-1])
@@ -124,7 +132,13 @@ def _buffer(config: Config, *, home: str) -> RayBuffer:
 
 
 def _machines(
-    config: Config, inputs: Inputs, fleet: RayFleet, learner: RayLearner, sink: RunSink, *, home: str
+    config: Config,
+    fleet: RayFleet,
+    learner: RayLearner,
+    sink: RunSink,
+    *,
+    home: str,
+    new_engine: Callable[[str, Place], Any],
 ) -> RayMachines:
     return RayMachines(
         fleet,
@@ -133,7 +147,7 @@ def _machines(
         home=home,
         bundle=engine_bundle(config),
         run=config.run.name,
-        new_engine=partial(_rollout_actor, config, inputs),
+        new_engine=new_engine,
         new_mirror=lambda place: _actor(MirrorActor, None, cpus=0, place=place).remote(),
     )
 
@@ -210,7 +224,7 @@ def make_batch(config: Config, inputs: Inputs, incarnation: int, groups: Sequenc
     )
 
 
-def _rollout_actor(config: Config, inputs: Inputs, name: str, place: Place) -> Any:
+def _rollout_actor(config: Config, inputs: Inputs, rollout_actor: type[RolloutActor], name: str, place: Place) -> Any:
     rollout = config.rollout
     settings = VllmSettings(
         model=inputs.model_path,
@@ -224,7 +238,7 @@ def _rollout_actor(config: Config, inputs: Inputs, name: str, place: Place) -> A
         update_mode=rollout.update_mode,
     )
     actor = _actor(
-        RolloutActor,
+        rollout_actor,
         name,
         cpus=rollout.cpus_per_replica,
         gpus=rollout.gpus_per_replica,
