@@ -11,7 +11,12 @@ quickstart: setup
 	.venv/bin/rlsys train configs/quickstart.yaml $(ARGS)
 
 test: setup
-	.venv/bin/python -m pytest -n 2 $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not engines"
+	.venv/bin/python -m pytest -m engines
+else
+	.venv/bin/python -m pytest $(ARGS)
+endif
 
 check: setup
 	.venv/bin/ruff check .

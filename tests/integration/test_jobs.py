@@ -217,6 +217,8 @@ def test_a_run_that_is_stopped_midway_leaves_a_checkpoint_and_status_130_and_res
     assert ended.returncode == 0, ended.stdout
     result = json.loads((folder / "result.json").read_text())
     assert (result["steps"], result["exit"]) == (last, 0)
+    commits = [json.loads(line) for line in (folder / "commits.jsonl").read_text().splitlines()]
+    assert commits[-1]["version"] == f"0.{last}"  # nothing was lost: it is the same incarnation
     trained = [int(line.split()[1].partition("/")[0]) for line in lines(ended, "step ") if "/" in line.split()[1]]
     assert trained and min(trained) > max(steps) and max(trained) == last
     assert lines(ended, "done: accuracy")

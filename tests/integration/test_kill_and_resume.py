@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-import signal
 
 import pytest
 
-from tests.chaos.kill_and_resume import END_WITHIN_S, check, finish, kill_once, make_run, wait_until
+from tests.chaos.kill_and_resume import END_WITHIN_S, finish, kill_once, make_run
 
 pytestmark = pytest.mark.engines
 
@@ -30,16 +29,3 @@ def test_a_killed_driver_takes_everything_with_it_and_the_resumed_run_trains_eve
     driver = run.start()
     assert driver.wait(END_WITHIN_S) == 0
     assert "nothing to do" in run.output.read_text()
-
-
-def test_an_interrupted_run_ends_in_a_checkpoint_and_goes_on_in_the_same_incarnation(tmp_path, model):
-    run = make_run(tmp_path, "stopped", str(model))
-    driver = run.start()
-    wait_until(lambda: driver.poll() is not None or "step 2/" in run.output.read_text(), END_WITHIN_S, "two steps")
-    driver.send_signal(signal.SIGTERM)
-    assert driver.wait(120) == 130
-    steps = run.result()["steps"]
-    assert [path.name for path in (run.folder / "checkpoints").glob(f"step_{steps}")] == [f"step_{steps}"]
-    finish(run)
-    assert '"version": "0.40"' in (run.folder / "commits.jsonl").read_text()
-    check(run)

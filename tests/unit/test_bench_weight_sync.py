@@ -14,8 +14,6 @@ from rlsys.bench.weight_sync_engines import _cpu_s, _status_mb
 from rlsys.models.tiny.model import make_random_model, make_tokenizer
 from rlsys.weights.segment import SHM_FOLDER
 
-pytestmark = pytest.mark.xdist_group("segments of the bench")  # they have one name on the whole machine
-
 PARTS = ("export_s", "verify_s", "copy_out_s")
 
 
