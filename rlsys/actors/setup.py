@@ -224,19 +224,25 @@ def make_batch(config: Config, inputs: Inputs, incarnation: int, groups: Sequenc
     )
 
 
-def _rollout_actor(config: Config, inputs: Inputs, rollout_actor: type[RolloutActor], name: str, place: Place) -> Any:
+def engine_settings(config: Config, inputs: Inputs, number: int) -> VllmSettings:
+    """Of the engine of this number; their seeds differ."""
     rollout = config.rollout
-    settings = VllmSettings(
+    return VllmSettings(
         model=inputs.model_path,
         dtype=config.model.dtype,
         max_model_len=inputs.longest_prompt + rollout.max_tokens,
         slots=rollout.slots,
-        seed=config.run.seed + int(name.rpartition("-")[2]),
+        seed=config.run.seed + number,
         start_timeout_s=rollout.start_timeout_s,
         timeout_s=rollout.timeout_s,
         vllm=rollout.vllm,
         update_mode=rollout.update_mode,
     )
+
+
+def _rollout_actor(config: Config, inputs: Inputs, rollout_actor: type[RolloutActor], name: str, place: Place) -> Any:
+    rollout = config.rollout
+    settings = engine_settings(config, inputs, int(name.rpartition("-")[2]))
     actor = _actor(
         rollout_actor,
         name,

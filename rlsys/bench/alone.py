@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from transformers import AutoTokenizer
 from rlsys.actors.algorithm import objective_of
 from rlsys.actors.clock import WallClock
 from rlsys.actors.inputs import Inputs
-from rlsys.actors.setup import make_batch, make_plan
+from rlsys.actors.setup import engine_settings, make_batch, make_plan
 from rlsys.bench.fixed_lengths import FixedLengths
 from rlsys.bench.overlap_runs import batches_of, inputs_of, members_of
 from rlsys.config.schema import Config
@@ -42,7 +43,7 @@ from rlsys.records import (
     WeightVersion,
 )
 from rlsys.rollout.play import Member, Player, opening_tokens
-from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
+from rlsys.rollout.vllm_settings import engine_environment
 from rlsys.train.learner import LearnerRank
 from rlsys.train.logprobs import token_logprobs
 from rlsys.train.model import load_model
@@ -113,21 +114,11 @@ def main(side: Side, folder: Path, model_path: Path) -> None:
 async def _sample_all(config: Config, inputs: Inputs, folder: Path) -> float:
     from rlsys.rollout.vllm_engine import VllmEngine
 
-    rollout = config.rollout
-    settings = VllmSettings(
-        model=inputs.model_path,
-        dtype=config.model.dtype,
-        max_model_len=inputs.longest_prompt + rollout.max_tokens,
-        slots=rollout.slots,
-        seed=config.run.seed,
-        start_timeout_s=rollout.start_timeout_s,
-        timeout_s=TIMEOUT_S,
-        vllm=rollout.vllm,
-    )
+    settings = replace(engine_settings(config, inputs, 0), timeout_s=TIMEOUT_S)
     engine = FixedLengths(VllmEngine("alone", settings))
     tokenizer = AutoTokenizer.from_pretrained(inputs.model_path)
     player = Player(engine, "alone", make_env=SingleTurn, tokenizer=tokenizer, clock=WallClock())
-    spec, slots = make_plan(config).spec, asyncio.Semaphore(rollout.slots)
+    spec, slots = make_plan(config).spec, asyncio.Semaphore(settings.slots)
 
     async def play(prompt: Prompt, member: Member) -> None:
         async with slots:
