@@ -132,7 +132,7 @@ def running(name: str, folder: Path, timeout_s: float, **settings_: Any) -> Iter
     settings = VllmSettings(
         model=str(folder / "model"),
         dtype="float32",
-        max_model_len=640,
+        max_model_len=960,
         slots=256,
         seed=0,
         start_timeout_s=300,

@@ -19,7 +19,7 @@ from tests.integration.serving import END, PROMPT, Bench, logprobs_of, model_of,
 pytestmark = pytest.mark.engines
 
 STEPS = (1, 2, 3, 4)  # versions; their log-probabilities differ by some tenths on average
-NUM_LONG = 600  # tokens, some seconds of work
+NUM_LONG = 900  # tokens, some seconds of work: more than all swaps take, also on a loaded machine
 NUM_UPDATES = 200
 IN_FLIGHT = 24
 
@@ -59,7 +59,7 @@ async def generate_through_updates(bench: Bench, gap_s: float) -> tuple[Turn, li
 
 def test_recomputed_each_token_is_that_of_its_stamped_version_and_of_no_other(folder):
     with running("recompute", folder, timeout_s=120, update_mode="recompute") as bench:
-        turn, _ = bench.run(generate_through_updates(bench, 0.4))
+        turn, _ = bench.run(generate_through_updates(bench, 0.1))
     assert len(turn.token_ids_T) == NUM_LONG
     assert (np.diff(turn.versions_T) >= 0).all() and list(np.unique(turn.versions_T)) == list(STEPS)
     for step in STEPS:
@@ -71,7 +71,7 @@ def test_recomputed_each_token_is_that_of_its_stamped_version_and_of_no_other(fo
 
 def test_kept_spans_are_exact_and_the_deviation_is_measured(folder, record_property):
     with running("keep", folder, timeout_s=120, update_mode="keep") as bench:
-        turn, _ = bench.run(generate_through_updates(bench, 0.4))
+        turn, _ = bench.run(generate_through_updates(bench, 0.1))
     assert len(turn.token_ids_T) == NUM_LONG
     assert (np.diff(turn.versions_T) >= 0).all() and list(np.unique(turn.versions_T)) == list(STEPS)
     first = turn.versions_T == STEPS[0]
