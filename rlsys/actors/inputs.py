@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlsys.prompts.source import PromptSource
+from rlsys.rollout.vllm_settings import AdapterRoom
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +18,7 @@ class Inputs:
         pad_token_id: fills rows of a microbatch; carries no weight.
         reward_path: import path of the reward function.
         source: the questions.
+        adapter_room: what engines keep room for where they get adapters alone; None: they get all weights.
         teacher_path, critic_path: local folders of these models; None where the config names none.
     """
 
@@ -27,3 +29,4 @@ class Inputs:
     source: PromptSource
     teacher_path: str | None = None
     critic_path: str | None = None
+    adapter_room: AdapterRoom | None = None

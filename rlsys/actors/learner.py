@@ -19,12 +19,16 @@ from rlsys.weights.tcp import Source
 
 
 class LearnerActor:
-    """A process of the learner. A plain actor: calls run one after another, in the order in which they were sent."""
+    """A process of the learner. A plain actor: calls run one after another, in the order in which they were sent.
 
-    def __init__(self, rank: int, arguments: dict[str, Any], engine_dtype: str) -> None:
+    Args:
+        adapters_only: whether versions are the adapters alone.
+    """
+
+    def __init__(self, rank: int, arguments: dict[str, Any], engine_dtype: str, adapters_only: bool) -> None:
         from rlsys.train.learner import LearnerRank
 
-        self._rank, self._engine_dtype = rank, engine_dtype
+        self._rank, self._engine_dtype, self._adapters_only = rank, engine_dtype, adapters_only
         self._learner = LearnerRank(**arguments)
         self._probe_ids: tuple[Any, ...] = ()
         self._segments: list[str] = []
@@ -72,13 +76,17 @@ class LearnerActor:
         """Write the weights (rank 0), and answer the probe (every rank: a collective under ZeRO-3 and tensor
         parallel)."""
         writer = self._writer(segment) if self._rank == 0 else None
-        self._learner.export(writer.write if writer is not None else _write_nothing)
+        write = writer.write if writer is not None else _write_nothing
+        self._learner.export(write, adapters_only=self._adapters_only)
         entries = writer.finish() if writer is not None else ()
         logprobs = self._learner.probe_logprobs(self._probe_ids)
         return entries, Probe(token_ids=self._probe_ids, logprobs=tuple(logprobs))
 
     def save(self, folder: str) -> None:
         self._learner.save_hf(folder)
+
+    def save_adapter(self, folder: str) -> None:
+        self._learner.save_adapter(folder)
 
     def save_checkpoint(self, folder: str) -> None:
         self._learner.save_checkpoint(folder)
@@ -147,6 +155,10 @@ class RayLearner:
 
     async def save(self, folder: str) -> None:
         await self._all("save", [actor.save.remote(folder) for actor in self._actors])
+
+    async def save_adapter(self, folder: str) -> None:
+        """What there is of adapters by themselves."""
+        await self._all("save the adapter", [actor.save_adapter.remote(folder) for actor in self._actors])
 
     async def save_checkpoint(self, folder: str) -> None:
         await self._all("save a checkpoint", [actor.save_checkpoint.remote(folder) for actor in self._actors])

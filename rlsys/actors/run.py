@@ -26,6 +26,7 @@ from rlsys.observe.rollout_log import RolloutLog
 from rlsys.observe.run_folder import RunFolder, redirect_library_output
 from rlsys.observe.sink import RunSink
 from rlsys.observe.trackers import MetricsFile, TensorBoard, Tracker, Trackers
+from rlsys.train.base import check_base
 from rlsys.weights.segment import remove_segments
 
 STOP_TIMEOUT_S = 30.0  # for the engines to shut down in order; what hangs longer is killed with the cluster
@@ -58,13 +59,16 @@ def run_training(
         rollout_actor: what plays the rollouts.
 
     Raises:
-        ConfigError: the cluster cannot hold the run, or another process runs in its folder; no actor was started.
+        ConfigError: the cluster cannot hold the run, another process runs in its folder, or the model is not that of
+            the checkpoint; no actor was started.
         CheckpointDamaged: no checkpoint can be gone on from.
     """
     folder = RunFolder(config.run.root, config.run.name)
     with folder.locked(), redirect_library_output(folder.log_path) as terminal:
         store = CheckpointStore(folder.checkpoints_path, config.checkpoint.keep)
         start = find_start(store, folder.commits_path, inputs.source) if resume else Start(state=RunState())
+        if start.learner is not None:
+            check_base(start.learner, inputs.model_path)
         sink = _open_sink(config, folder, terminal, start)
         last_words = "stopped before the first step"
         try:
@@ -115,6 +119,7 @@ async def _drive(
         else:
             check_exactly_once(folder.commits_path, built.loops.version.step)
             await built.learner.save(str(folder.model_path))
+            await built.learner.save_adapter(str(folder.adapter_path))
     except RlsysError as error:
         status, failure = FAILED, f"{type(error).__name__}: {error}"
     except asyncio.CancelledError:

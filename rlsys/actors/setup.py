@@ -237,6 +237,7 @@ def engine_settings(config: Config, inputs: Inputs, number: int) -> VllmSettings
         timeout_s=rollout.timeout_s,
         vllm=rollout.vllm,
         update_mode=rollout.update_mode,
+        adapter=inputs.adapter_room,
     )
 
 
@@ -277,7 +278,7 @@ def _learner_actors(config: Config, inputs: Inputs, places: Sequence[Place]) -> 
             gpus=train.gpus_per_rank,
             environment=environment,
             place=place.strategy,
-        ).remote(rank, arguments, config.model.dtype)
+        ).remote(rank, arguments, config.model.dtype, inputs.adapter_room is not None)
         for rank, place in enumerate(places)
     ]
 

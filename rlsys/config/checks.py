@@ -27,6 +27,7 @@ RUN_FILES = {
     "tensorboard",
     "checkpoints",
     "model",
+    "adapter",
     "trace.json",
     "report.html",
 }

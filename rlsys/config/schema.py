@@ -240,7 +240,10 @@ class TrainSection(Section):
     """Deadline for one training step or export, seconds."""
     lora: dict[str, Any] | None = None
     """Keywords of peft's LoraConfig, passed through, e.g. ``{r: 16, lora_alpha: 32}``: only low-rank adapters of the
-    linear layers are trained; engines and checkpoints of the run get them merged. null: every weight is trained."""
+    linear layers are trained. Engines get them alone where vLLM serves such adapters, else merged; checkpoints leave
+    the base out. null: every weight is trained."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of names of parameters that are not trained, e.g. ``[model.embed_tokens*, model.layers.0.*]``."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed config entries, passed through."""
 

@@ -66,6 +66,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def adapter_path(self) -> Path:
+        """Where trained adapters are exported by themselves."""
+        return self.path / "adapter"
+
+    @property
     def model_path(self) -> Path:
         """Where the trained model is exported."""
         return self.path / "model"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rlsys.buffer.staleness import lead_limit
 from rlsys.config.schema import Config
+from rlsys.plan.adapters import AdapterPlan
 from rlsys.plan.space import Space, in_units
 from rlsys.prompts.source import PromptSource
 
@@ -21,6 +22,7 @@ class Found:
         longest_prompt_tokens: of all questions, as the rollout engines get them (chat template included).
         pad_token_id: fills what is empty in a microbatch.
         reward: import path of the reward function.
+        adapters: how they get to the engines; None where none are trained.
     """
 
     rows: dict[str, str]
@@ -29,6 +31,7 @@ class Found:
     longest_prompt_tokens: int
     pad_token_id: int
     reward: str
+    adapters: AdapterPlan | None = None
 
 
 def lead_bound(config: Config) -> int:
@@ -64,6 +67,7 @@ def of_references(config: Config, found: Found) -> list[str]:
         f"tokens; a microbatch of {config.train.tokens_per_microbatch} holds "
         f"{config.train.tokens_per_microbatch // sequence} of that length",
         *_objective(config, found.rows, found.is_ratio_loss),
+        *([] if found.adapters is None else [of_adapters(found.adapters)]),
     ]
 
 
@@ -76,6 +80,16 @@ def of_space(config: Config, space: Space) -> str:
         f"space: {space.num_parameters:,} parameters; shared memory: {in_units(space.shm_bytes)} for the weights, "
         f"{where}; disk: at most {in_units(space.disk_bytes)} for {config.checkpoint.keep + 1} checkpoints and the "
         f"exported model, of {in_units(space.free_disk_bytes)} free"
+    )
+
+
+def of_adapters(plan: AdapterPlan) -> str:
+    """How they get to the engines."""
+    if plan.room is None:
+        return f"weight sync: engines get the adapters merged into all weights: {plan.why_merged}"
+    return (
+        f"weight sync: engines load the base model once, and get the adapters alone (rank {plan.room.rank}, at "
+        f"{', '.join(plan.room.modules)})"
     )
 
 
@@ -141,6 +155,7 @@ def _learner(config: Config) -> str:
     parts = f" of {train.tensor_parallel} processes each" if train.tensor_parallel > 1 else ""
     again = ", activations computed again" if train.activation_checkpointing else ""
     what = "" if train.lora is None else f"; adapters {train.lora} on a base that is not trained"
+    what += f"; not trained: {', '.join(train.frozen)}" if train.frozen else ""
     return (
         f"learner: {train.ranks} rank{'s' if train.ranks > 1 else ''}{parts}, ZeRO stage {train.zero_stage}{again}; "
         f"{updates} optimizer steps at learning rate {train.lr:g}{warmup}{short}{what}"

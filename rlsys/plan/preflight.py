@@ -40,7 +40,8 @@ def preflight(config: Config, *, resume: bool = False) -> Preflight:
     """
     check_sections(config, resume=resume)
     found = check_references(config)
-    space = facts.of_space(config, check_space(config))
+    adapters_alone = found.adapters is not None and found.adapters.room is not None
+    space = facts.of_space(config, check_space(config, adapters_alone=adapters_alone))
     return Preflight(found=found, sentences=[*facts.of_run(config), *facts.of_references(config, found), space])
 
 
@@ -54,6 +55,7 @@ def run_inputs(config: Config, found: Found) -> Inputs:
         source=found.source,
         teacher_path=None if config.teacher.path is None else _folder(config.teacher.path),
         critic_path=None if config.critic.path is None else _folder(config.critic.path),
+        adapter_room=None if found.adapters is None else found.adapters.room,
     )
 
 

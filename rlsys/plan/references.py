@@ -12,9 +12,11 @@ from rlsys.algo import POLICY_LOSSES
 from rlsys.algo.rows import facts_of
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
+from rlsys.plan.adapters import plan_adapters
 from rlsys.plan.algorithm import check_rows, row_of
 from rlsys.plan.engine_arguments import check_engine_arguments, check_engine_workers
 from rlsys.plan.facts import Found
+from rlsys.plan.frozen import check_frozen
 from rlsys.plan.model_folder import check_model_folder, check_vocabulary, load_tokenizer
 from rlsys.plan.space import is_cluster_named
 from rlsys.plan.teacher import check_teacher
@@ -46,6 +48,7 @@ def check_references(config: Config) -> Found:
     check_gpus(config)
     rows = check_rows(config)
     check_tensor_parallel(config)
+    check_frozen(config)
     data = load_questions(config.data)
     reward = check_reward_function(config, data.split.train[0].fields)
     check_answers(reward, [question.answer for question in (*data.split.train, *data.split.held_out)])
@@ -56,6 +59,7 @@ def check_references(config: Config) -> Found:
     longest = longest_prompt_tokens(tokenizer, contents)
     check_token_budget(config, longest, model.max_positions)
     check_teacher(config, model, longest)
+    adapters = plan_adapters(config)
     return Found(
         rows=rows,
         is_ratio_loss=facts_of(POLICY_LOSSES[row_of(config.algo.loss).name]).is_ratio_loss,
@@ -64,6 +68,7 @@ def check_references(config: Config) -> Found:
         # padding carries no weight, so that any token will do
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         reward=reward,
+        adapters=adapters,
     )
 
 

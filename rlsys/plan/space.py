@@ -18,6 +18,7 @@ from rlsys.config.load import TINY
 from rlsys.config.schema import Config, TrainSection
 from rlsys.errors import ConfigError
 from rlsys.models.tiny.model import make_random_model, make_tokenizer
+from rlsys.plan.skeleton import count_trained
 from rlsys.weights.pool import NUM_SEGMENTS
 from rlsys.weights.segment import GROWTH_BYTES, SHM_FOLDER, stale_segments
 
@@ -49,16 +50,20 @@ class Space:
     free_disk_bytes: int
 
 
-def check_space(config: Config) -> Space:
+def check_space(config: Config, *, adapters_alone: bool = False) -> Space:
     """Compare what the run takes with what there is. Looks at the model's files, writes nothing.
+
+    Args:
+        adapters_alone: whether that is what engines get.
 
     Raises:
         ConfigError: not enough shared memory or disk, a broken weight file, or no folder can be made at ``run.root``.
     """
     num_parameters = count_parameters(config.model.path)
+    num_published = count_trained(config, num_parameters) if adapters_alone else num_parameters
     space = Space(
         num_parameters=num_parameters,
-        shm_bytes=NUM_SEGMENTS * segment_bytes(num_parameters, config.model.dtype),
+        shm_bytes=NUM_SEGMENTS * segment_bytes(num_published, config.model.dtype),
         free_shm_bytes=None if is_cluster_named(config) else _free_shm(),
         checkpoint_bytes=_checkpoint_bytes(config, num_parameters),
         disk_bytes=(config.checkpoint.keep + 1) * _checkpoint_bytes(config, num_parameters)
@@ -100,7 +105,7 @@ def segment_bytes(num_parameters: int, dtype: str) -> int:
 
 
 def _checkpoint_bytes(config: Config, num_parameters: int) -> int:
-    total = checkpoint_bytes(num_parameters, config.train)
+    total = checkpoint_bytes(count_trained(config, num_parameters), config.train)
     if Need.CRITIC in needs_of(config):
         path = config.critic.path
         total += checkpoint_bytes(num_parameters if path is None else count_parameters(path), config.train)
@@ -111,8 +116,9 @@ def _checkpoint_bytes(config: Config, num_parameters: int) -> int:
 
 
 def checkpoint_bytes(num_parameters: int, train: TrainSection) -> int:
-    """What DeepSpeed writes: the weights (a ZeRO-3 model has none beside the optimizer's), the optimizer's own float32
-    copy of them (unless the weights are float32 and whole), and the moments."""
+    """What DeepSpeed writes of the parameters that are trained: the weights (a ZeRO-3 model has none beside the
+    optimizer's), the optimizer's own float32 copy of them (unless the weights are float32 and whole), and the
+    moments."""
     bf16 = train.deepspeed.get("bf16")
     is_bf16 = isinstance(bf16, dict) and bool(bf16.get("enabled"))
     weights = 0 if train.zero_stage == 3 else 2 if is_bf16 else 4

@@ -12,6 +12,8 @@ from pathlib import Path
 # tables in vllm/model_executor/models/registry.py
 TEXT_TABLES = ("_TEXT_GENERATION_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
 OTHER_TABLES = ("_EMBEDDING_MODELS", "_MULTIMODAL_MODELS", "_REWARD_MODELS", "_SEQUENCE_CLASSIFICATION_MODELS")
+MODELS = "vllm.model_executor.models."
+FOLLOWING_LAYERS = {"o_proj", "down_proj"}  # what attention and MLP end with; vLLM takes each by itself
 
 
 def engine_arguments() -> set[str]:
@@ -42,6 +44,51 @@ def architectures() -> tuple[set[str], set[str]]:
             is_text = table in TEXT_TABLES and "MultiModal" not in ast.unparse(value)
             (text if is_text else others).add(str(key.value))
     return text, others - text
+
+
+def adapter_layers(architecture: str) -> set[str]:
+    """Last parts of the names of layers, as models' files have them, at which a dense model of this class may have
+    low-rank adapters: those that are joined in vLLM, as the class says, and the ones that follow them. Empty where it
+    takes none."""
+    joined = [part for module, name in _text_classes(architecture) for part in _joined_layers(module, name)]
+    return set(joined) | FOLLOWING_LAYERS if joined else set()
+
+
+def _joined_layers(module: str, name: str) -> list[str]:
+    """Of a model's class that takes adapters, or whose parent does."""
+    body = _parsed("model_executor", "models", f"{module}.py").body
+    found = next((node for node in body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    if found is None:
+        return []
+    bases = [ast.unparse(base) for base in found.bases]
+    homes = {
+        alias.name: node.module.removeprefix(MODELS)
+        for node in body
+        if isinstance(node, ast.ImportFrom) and node.module and (node.level == 1 or node.module.startswith(MODELS))
+        for alias in node.names
+    }
+    inherited = [part for base in bases if base in homes for part in _joined_layers(homes[base], base)]
+    own = [
+        part
+        for node in found.body
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
+        if "packed_modules_mapping" in ast.unparse(node).partition("=")[0]
+        for parts in ast.literal_eval(node.value).values()
+        for part in parts
+    ]
+    return own if own and ("SupportsLoRA" in bases or inherited) else inherited
+
+
+def _text_classes(architecture: str) -> list[tuple[str, str]]:
+    """Module and class of it in vLLM."""
+    return [
+        ast.literal_eval(value)
+        for node in _parsed("model_executor", "models", "registry.py").body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+        if ast.unparse(node.targets[0]) == TEXT_TABLES[0]
+        for key, value in zip(node.value.keys, node.value.values, strict=True)
+        if isinstance(key, ast.Constant) and key.value == architecture
+    ]
 
 
 def cpu_head_sizes() -> set[int]:

@@ -3,7 +3,8 @@
 A weight swap, in order (``load_weights``): verify the bytes and pack the weights while generation goes on; pause at a
 token boundary; exchange (or load, where that could not be prepared); resume; probe; hand out. What finishes between
 resume and proof is held back until the proof, or lost with it. Requests in flight go on with their KV computed again
-(``recompute``) or as it is (``keep``), or end before it (``drain``).
+(``recompute``) or as it is (``keep``), or end before it (``drain``). Where ``settings.adapter`` gives room for one, a
+version is an adapter on the base model that the engine was started with, and goes the same way.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rlsys.rollout.vllm_process import VllmProcess, check_arguments, final_outpu
 from rlsys.rollout.vllm_settings import VllmSettings
 from rlsys.weights.probe import TOLERANCE, check_probe
 from rlsys.weights.segment import SegmentReader
+from rlsys.weights.vllm_adapter import ADAPTER_REQUEST
 from rlsys.weights.vllm_plugin import BACKEND, init_info, update_info
 
 PREPARATION_POLL_S = 0.02  # between two looks whether the workers are ready
@@ -55,8 +57,9 @@ class VllmEngine:
         self._loading = asyncio.Lock()
         self._proven = asyncio.Event()  # clear while a version is loaded but not proven
         self._proven.set()
+        self._adapter = None if settings.adapter is None else ADAPTER_REQUEST
         # at a loss whoever waits for the proof wakes up and finds the engine lost
-        self._process = VllmProcess(name, on_loss=self._proven.set)
+        self._process = VllmProcess(name, on_loss=self._proven.set, adapter=self._adapter)
 
     @property
     def version(self) -> Version | None:
@@ -118,16 +121,23 @@ class VllmEngine:
     async def _prepare(self, llm: AsyncLLM, weights: WeightVersion) -> None:
         """Let the workers have the version ready beside the running model, those that can."""
         info = update_info(weights.segment, weights.tensors)
+        if self._adapter is not None:
+            for failure in await llm.collective_rpc("prepare_adapter", kwargs={"update_info": info}):
+                self._refuse(weights, failure)
+            return
         if not any(await llm.collective_rpc("prepare_weights", kwargs={"update_info": info})):
             return
         while True:
             states = await llm.collective_rpc("weight_preparation")
             for _, failure in states:
-                if failure is not None:
-                    raise WeightsRefused(f"engine {self._name}, version {weights.version}: {failure}")
+                self._refuse(weights, failure)
             if all(is_over for is_over, _ in states):
                 return
             await asyncio.sleep(PREPARATION_POLL_S)
+
+    def _refuse(self, weights: WeightVersion, failure: str | None) -> None:
+        if failure is not None:
+            raise WeightsRefused(f"engine {self._name}, version {weights.version}: {failure}")
 
     async def _pause(self, llm: AsyncLLM) -> float:
         """Returns when generation stood still, as ``perf_counter`` tells it. What ends until then was sampled by the
@@ -139,6 +149,10 @@ class VllmEngine:
         return perf_counter() if mode == "wait" else asked
 
     async def _swap(self, llm: AsyncLLM, weights: WeightVersion) -> None:
+        if self._adapter is not None:  # vLLM's own update would leave the engine without an adapter at its end
+            await llm.collective_rpc("exchange_adapter")
+            await llm.update_weight_version(str(weights.version))
+            return
         await llm.start_weight_update()
         await llm.update_weights(WeightTransferUpdateRequest(update_info=update_info(weights.segment, weights.tensors)))
         await llm.finish_weight_update(weight_version=str(weights.version))
@@ -148,7 +162,12 @@ class VllmEngine:
         outputs = await asyncio.gather(
             *(
                 final_output(
-                    llm, token_ids_T.tolist(), _PROBE_SAMPLING, f"probe-{weights.version}-{index}", PROBE_PRIORITY
+                    llm,
+                    token_ids_T.tolist(),
+                    _PROBE_SAMPLING,
+                    f"probe-{weights.version}-{index}",
+                    PROBE_PRIORITY,
+                    self._adapter,
                 )
                 for index, token_ids_T in enumerate(weights.probe.token_ids)
             )

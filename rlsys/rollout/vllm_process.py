@@ -12,6 +12,7 @@ from typing import Any
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError, VLLMServerError
 from vllm.inputs.engine import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -25,10 +26,13 @@ class VllmProcess:
     Args:
         name: appears in every error.
         on_loss: called when it is lost, so that whoever waits for something of it wakes up.
+        adapter: that every request is answered with; None: the model as it is.
     """
 
-    def __init__(self, name: str, on_loss: Callable[[], None] = lambda: None) -> None:
-        self._name, self._on_loss = name, on_loss
+    def __init__(
+        self, name: str, on_loss: Callable[[], None] = lambda: None, adapter: LoRARequest | None = None
+    ) -> None:
+        self._name, self._on_loss, self._adapter = name, on_loss, adapter
         self._llm: AsyncLLM | None = None
         self._lost: str | None = None
         self._in_flight: set[str] = set()
@@ -68,7 +72,7 @@ class VllmProcess:
         llm = self.alive()
         self._in_flight.add(request_id)
         try:
-            return await final_output(llm, token_ids, sampling, request_id)
+            return await final_output(llm, token_ids, sampling, request_id, adapter=self._adapter)
         except VLLMClientError as error:
             raise RequestRefused(f"engine {self._name} refused {request_id}: {error}") from error
         finally:
@@ -107,10 +111,16 @@ class VllmProcess:
 
 
 async def final_output(
-    llm: AsyncLLM, token_ids: list[int], sampling: SamplingParams, request_id: str, priority: int = 0
+    llm: AsyncLLM,
+    token_ids: list[int],
+    sampling: SamplingParams,
+    request_id: str,
+    priority: int = 0,
+    adapter: LoRARequest | None = None,
 ) -> RequestOutput:
     final = None
-    async for output in llm.generate(tokens_input(token_ids), sampling, request_id, priority=priority):
+    outputs = llm.generate(tokens_input(token_ids), sampling, request_id, lora_request=adapter, priority=priority)
+    async for output in outputs:
         final = output
     assert final is not None  # vLLM yields the final output or raises
     return final

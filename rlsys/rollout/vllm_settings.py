@@ -29,7 +29,14 @@ OWNED_ARGUMENTS = {
     "worker_extension_cls": _CONTRACT,
     "scheduling_policy": _CONTRACT,
     "enable_chunked_prefill": _CONTRACT,
+    "enable_lora": "train.lora",
+    "max_loras": "train.lora",
+    "max_cpu_loras": "train.lora",
+    "max_lora_rank": "train.lora",
+    "lora_dtype": "model.dtype",
+    "lora_target_modules": "train.lora",
 }
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for; a smaller adapter is padded
 
 
 def refuse_owned_arguments(vllm: Mapping[str, Any], key: str, owned: Mapping[str, str]) -> None:
@@ -54,6 +61,35 @@ def num_workers(vllm: Mapping[str, Any]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterRoom:
+    """What an engine that serves an adapter on its base model keeps room for.
+
+    Attributes:
+        rank: the largest of its layers' ranks, at most the last of ``LORA_RANKS``.
+        modules: names of the layers that have one, each the last part of a module's name.
+
+    Example:
+        >>> AdapterRoom(rank=12, modules=("q_proj", "v_proj")).arguments()["max_lora_rank"]
+        16
+    """
+
+    rank: int
+    modules: tuple[str, ...]
+
+    def arguments(self) -> dict[str, Any]:
+        """Keywords of vLLM's ``AsyncEngineArgs``."""
+        return {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_cpu_loras": 1,
+            "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= self.rank),
+            "lora_dtype": "auto",  # that of the base model
+            # no room at other layers: at the head alone it would be as large as the vocabulary
+            "lora_target_modules": list(self.modules),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VllmSettings:
     """How one engine is brought up.
 
@@ -67,6 +103,7 @@ class VllmSettings:
         timeout_s: deadline of one request and of one weight swap, seconds.
         vllm: further engine arguments, passed through (config key ``rollout.vllm``).
         update_mode: how requests in flight go on under new weights (config key ``rollout.update_mode``).
+        adapter: room for what versions consist of, an adapter on the base in ``model``; None: they are all weights.
         worker_extension: class whose import registers the transfer engine in the worker process.
 
     Raises:
@@ -87,6 +124,7 @@ class VllmSettings:
     timeout_s: float
     vllm: Mapping[str, Any] = field(default_factory=dict)
     update_mode: UpdateMode = "recompute"
+    adapter: AdapterRoom | None = None
     worker_extension: str = PLUGIN
 
     def __post_init__(self) -> None:
@@ -118,6 +156,8 @@ class VllmSettings:
         }
         if self.update_mode == "keep":
             owned["enable_prefix_caching"] = False  # what stays in it is of the old weights, and new requests would hit
+        if self.adapter is not None:
+            owned |= self.adapter.arguments()
         return {**defaults, **self.vllm, **owned}
 
 

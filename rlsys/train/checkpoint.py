@@ -3,6 +3,7 @@
 ::
 
     layout.json        how it is spread (rank 0); read without torch, so before an actor starts
+    base.json          which model holds what was not trained (rank 0), where something was not (train/base)
     deepspeed/         weights, optimizer and learning-rate schedule, as DeepSpeed writes them, every rank its part
     rank_<rank>.pt     torch's generators of each rank, and what else it holds of its own
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.errors import CheckpointDamaged, CheckpointFailed, ConfigError
+from rlsys.train.base import write_base
 
 _LAYOUT = "layout.json"
 _TAG = "deepspeed"  # DeepSpeed's name for the folder that it writes into
@@ -55,7 +57,14 @@ def check_layout(folder: Path | str, layout: Layout) -> None:
 
 
 def save_state(
-    engine: Any, folder: Path | str, *, rank: int, layout: Layout, device: str, own: Mapping[str, Any]
+    engine: Any,
+    folder: Path | str,
+    *,
+    rank: int,
+    layout: Layout,
+    device: str,
+    own: Mapping[str, Any],
+    base: Mapping[str, str] | None = None,
 ) -> None:
     """Write the state of every rank into ``folder``, which they all see. A collective: all files are there when it
     returns, on every rank.
@@ -63,6 +72,7 @@ def save_state(
     Args:
         engine: DeepSpeed's.
         own: plain values and tensors of this rank, which ``load_state`` gives back.
+        base: fingerprints of the files that hold what is frozen, which is left out here; None: nothing is left out.
 
     Raises:
         CheckpointFailed: on every rank alike, where one of them could not write. The engine can go on.
@@ -71,6 +81,8 @@ def save_state(
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         _save_own(Path(folder), rank, layout, device, own)
+        if base is not None and rank == 0:
+            write_base(folder, base)
     except _WRITE_ERRORS as error:
         failure = repr(error)
     _agree(failure, folder, device)
@@ -78,7 +90,8 @@ def save_state(
     engine.checkpoint_engine = writer
     engine._copy_recovery_script = _copy_nothing
     try:
-        engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        left_out = base is not None
+        engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=left_out)
     finally:
         engine.checkpoint_engine = writer.wrapped
     _agree(writer.failure, folder, device)

@@ -22,14 +22,16 @@ from rlsys.batch.tensors import Microbatch, RankBatch, RankPart
 from rlsys.config.schema import TrainSection
 from rlsys.records import Version
 from rlsys.train import parallel
+from rlsys.train.base import check_base
 from rlsys.train.checkpoint import Layout, check_layout
 from rlsys.train.critic import Critic, CriticPlan
 from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.head import LeanHead
 from rlsys.train.logprobs import TokenLogprobs, logprobs_by
-from rlsys.train.lora import base_of, with_adapters
-from rlsys.train.model import load_critic, load_model, save_model
+from rlsys.train.lora import base_of, leaves_base_alone
+from rlsys.train.model import load_critic, save_model
 from rlsys.train.objective import Objective
+from rlsys.train.policy import base_below, load_policy
 from rlsys.train.reference import ReferenceBase, ReferenceCopy
 from rlsys.train.sameness import check_is_same_model, has_plain_head, tried
 from rlsys.train.terms import MovingTerms
@@ -100,7 +102,7 @@ class LearnerRank:
 
         Raises:
             ConfigError: ``train.deepspeed`` contradicts us; or the checkpoint is of other ranks or another ZeRO stage
-                (told before anything is loaded).
+                or another model below what it holds (told before anything is loaded).
             CheckpointDamaged: there is no checkpoint in ``checkpoint``.
         """
         deepspeed_config(self._train, device=self._device)  # refuses before anybody is met
@@ -109,6 +111,7 @@ class LearnerRank:
         self._rank = rank
         if checkpoint is not None:
             check_layout(checkpoint, layout)
+            check_base(checkpoint, self._model_path)
         parallel.join(
             self._deepspeed,
             device=self._device,
@@ -138,13 +141,12 @@ class LearnerRank:
             self._load(checkpoint)
 
     def _start_policy(self, layout: Layout) -> None:
-        policy: Any = load_model(self._model_path)
-        if self._train.lora is not None:
-            policy = with_adapters(policy, self._train.lora)
+        policy = load_policy(self._model_path, self._train)
         vocab_size = base_of(policy).config.get_text_config().vocab_size
         whole = tried(policy, None, vocab_size=vocab_size, device="cpu")
         is_lean = has_plain_head(policy, whole)
-        self._policy = self._trained(policy, self._train, layout, whole_logits=not is_lean)
+        base = base_below(self._model_path, self._train, policy)
+        self._policy = self._trained(policy, self._train, layout, whole_logits=not is_lean, base=base)
         if is_lean:
             self._head = LeanHead(base_of(self._policy.module).get_output_embeddings())
         if layout.tensor_parallel > 1:
@@ -155,7 +157,7 @@ class LearnerRank:
     def _refresh_steps(self) -> int:
         return self._objective.kl.refresh_steps if self._objective.kl is not None else 0
 
-    def _trained(self, module: Any, train: TrainSection, layout: Layout, *, whole_logits: bool = False) -> Trained:
+    def _trained(self, module: Any, train: TrainSection, layout: Layout, **how: Any) -> Trained:
         if train.activation_checkpointing:
             module.gradient_checkpointing_enable({"use_reentrant": False})
         return Trained(
@@ -165,7 +167,7 @@ class LearnerRank:
             device=self._device,
             rank=self._rank,
             layout=layout,
-            whole_logits=whole_logits,
+            **how,
         )
 
     def _load(self, checkpoint: str) -> None:
@@ -261,9 +263,10 @@ class LearnerRank:
             self._reference.become(self._policy.module)
         return weights
 
-    def export(self, write: Callable[[str, Tensor], None]) -> None:
-        """Hand every full weight to ``write(name, tensor)``, on rank 0 only. A tensor is valid during the call."""
-        for name, tensor in self._policy.weights():
+    def export(self, write: Callable[[str, Tensor], None], *, adapters_only: bool = False) -> None:
+        """Hand every full weight, or those of the adapters alone, to ``write(name, tensor)``, on rank 0 only. A tensor
+        is valid during the call."""
+        for name, tensor in self._policy.adapter_weights() if adapters_only else self._policy.weights():
             if self._rank == 0:
                 write(name, tensor)
 
@@ -273,6 +276,12 @@ class LearnerRank:
         self.export(lambda name, tensor: weights.update({name: tensor.detach().to("cpu", copy=True)}))
         if self._rank == 0:
             save_model(base_of(self._policy.module), weights, self._model_path, folder)
+
+    def save_adapter(self, folder: str) -> None:
+        """Write the adapters by themselves as peft's folder (rank 0 writes, every rank takes part). Not where there are
+        none, nor where they began with a change of the base: whoever has the base could not use them."""
+        if self._train.lora is not None and leaves_base_alone(self._train.lora):
+            self._policy.save_adapter(folder)
 
     def save_checkpoint(self, folder: str) -> None:
         """Write everything that a later ``start`` needs to go on bit for bit. The files are there when it returns, not

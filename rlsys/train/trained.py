@@ -19,6 +19,8 @@ from rlsys.train import parallel
 from rlsys.train.checkpoint import Layout, load_state, save_state
 from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.export import full_weights
+from rlsys.train.frozen import leave_out_frozen
+from rlsys.train.lora import adapter_weights, save_adapter
 
 
 class Trained:
@@ -28,6 +30,8 @@ class Trained:
         module: a model of transformers.
         train: the learner's section of the configuration; learning rate and warm-up are of this module.
         layout: how it is spread over ranks.
+        base: fingerprints of the files that what is frozen of the module stands in, so that checkpoints do without it;
+            None: they hold all of it.
         whole_logits: whether every process needs the logits of the whole vocabulary; else it may have its part of them.
     """
 
@@ -40,9 +44,11 @@ class Trained:
         device: str,
         rank: int,
         layout: Layout,
+        base: Mapping[str, str] | None = None,
         whole_logits: bool = False,
     ) -> None:
         self._deepspeed, self._device, self._rank, self._layout = deepspeed, device, rank, layout
+        self._base = base
         config = deepspeed_config(train, device=device)
         if whole_logits:
             config["tensor_parallel"]["vocab_parallel_lm_head"] = False
@@ -54,6 +60,8 @@ class Trained:
             config=config,
             lr_scheduler=None if "scheduler" in config else schedule,
         )
+        if base is not None:
+            leave_out_frozen(self.module)
 
     @property
     def module(self) -> Any:
@@ -127,9 +135,26 @@ class Trained:
             tensor_parallel=self._layout.tensor_parallel,
         )
 
+    def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See ``rlsys.train.lora.adapter_weights``."""
+        return adapter_weights(self.module, deepspeed=self._deepspeed, zero_stage=self._layout.zero_stage)
+
+    def save_adapter(self, folder: str) -> None:
+        """See ``rlsys.train.lora.save_adapter``."""
+        stage = self._layout.zero_stage
+        save_adapter(self.module, folder, deepspeed=self._deepspeed, zero_stage=stage, rank=self._rank)
+
     def save(self, folder: str, own: Mapping[str, Any]) -> None:
         """See ``save_state``."""
-        save_state(self._engine, folder, rank=self._rank, layout=self._layout, device=self._device, own=own)
+        save_state(
+            self._engine,
+            folder,
+            rank=self._rank,
+            layout=self._layout,
+            device=self._device,
+            own=own,
+            base=self._base,
+        )
 
     def load(self, folder: str) -> Mapping[str, Any]:
         """See ``load_state``."""

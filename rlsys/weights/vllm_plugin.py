@@ -15,6 +15,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from rlsys.records import TensorEntry
 from rlsys.weights.owner import end_with_owner
 from rlsys.weights.segment import SegmentReader
+from rlsys.weights.vllm_adapter import AdapterSlot
 from rlsys.weights.vllm_prepared import PreparedWeights, can_prepare
 
 BACKEND = "rlsys_shm"
@@ -48,6 +50,13 @@ class WorkerExtension:
 
     def weight_preparation(self) -> tuple[bool, str | None]:
         return self.weight_transfer_engine.preparation()
+
+    def prepare_adapter(self, update_info: dict[str, Any]) -> str | None:
+        engine = self.weight_transfer_engine
+        return engine.adapter.prepare(dict(_tensors(engine.parse_update_info(update_info))))
+
+    def exchange_adapter(self) -> None:
+        self.weight_transfer_engine.adapter.exchange()
 
 
 @dataclass
@@ -107,6 +116,11 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         if init_info.owner_host == socket.gethostname():  # workers elsewhere end with vLLM's own processes
             end_with_owner(init_info.owner_pid)
+
+    @cached_property
+    def adapter(self) -> AdapterSlot:
+        """Of an engine that was started with room for one."""
+        return AdapterSlot(self.model)
 
     def prepare(self, update_info: ShmUpdateInfo) -> bool:
         """Begin to load and pack a version beside the running model, for the update that comes next. False where that

@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import rlsys
 
@@ -96,7 +98,7 @@ def test_dapo_replaces_groups_parts_of_rewards_are_compared_and_a_teacher_speaks
     assert steps[0]["critic/rewards/mean"] <= steps[0]["critic/score/mean"]  # what is too long is punished
 
 
-def test_greedy_rollouts_are_a_baseline_in_batches_of_tokens_and_a_teacher_alone_is_learnt_from(tmp_path, model):
+def test_greedy_rollouts_are_a_baseline_in_batches_of_tokens_and_adapters_learn_from_a_teacher_alone(tmp_path, model):
     steps = train(
         tmp_path,
         model,
@@ -107,7 +109,11 @@ def test_greedy_rollouts_are_a_baseline_in_batches_of_tokens_and_a_teacher_alone
         "rollout.age_policy=pace",
         "teacher.path=tiny",
         "teacher.coef=0.5",
+        "train.lora={r: 4}",
     )
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert any(torch.any(matrix != 0.0) for name, matrix in adapter.items() if "lora_B" in name)
     sampled = [
         step["perf/total_num_tokens"] / (1 + step["prompt_length/mean"] / step["response_length/mean"])
         for step in steps

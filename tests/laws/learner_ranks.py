@@ -141,6 +141,7 @@ def train_rank(
         logprobs = learner.probe_logprobs(probe) if probe else []
         if save_to:
             learner.save_hf(save_to)
+            learner.save_adapter(f"{save_to}-adapter")
     finally:
         learner.stop()  # after a failure too, or the next order would find the old process group
     return Outcome(metrics=metrics, before=before, after=after, probe=logprobs, diverged=diverged)

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing as mp
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rlsys.algo.advantages import grpo
 from rlsys.algo.corrections import tis
@@ -28,6 +30,7 @@ from rlsys.batch.tensors import Batch
 from rlsys.config.schema import TrainSection
 from rlsys.errors import CheckpointDamaged, CheckpointFailed, ConfigError
 from rlsys.records import Version
+from rlsys.train.base import check_base
 from rlsys.train.checkpoint import Layout, check_layout, saved_layout
 from rlsys.train.learner import LearnerRank
 from rlsys.train.objective import Objective
@@ -222,6 +225,53 @@ def test_a_learner_whose_layers_are_cut_goes_on_bit_for_bit(lives, model_path, t
     with pytest.raises(ConfigError) as caught:
         check_layout(folder, Layout(ranks=1, zero_stage=zero_stage))
     assert (caught.value.what, caught.value.got) == ("train.tensor_parallel", "1")
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "ranks", "keys"),
+    [
+        (0, 1, {"lora": {"r": 2}}),
+        (2, 2, {"lora": {"r": 2}}),
+        (3, 2, {"lora": {"r": 2}}),
+        (0, 1, {"frozen": ["lm_head*", "model.layers.0.*"]}),
+        (3, 2, {"frozen": ["lm_head*", "model.layers.0.*"]}),
+    ],
+)
+def test_what_is_not_trained_is_left_out_of_the_checkpoint_and_the_run_goes_on_bit_for_bit(
+    lives, model_path, tmp_path, zero_stage, ranks, keys
+):
+    """The head is tied to the embedding: neither of its names is saved."""
+    train = adamw(zero_stage, ranks).model_copy(update=keys)
+    batches, folder = six_batches(ranks, 1)[:4], tmp_path / "learner"
+    whole = lives(ranks, model_path, train, batches, save_after=2, save_to=str(folder))
+    (model_states, *_) = sorted((folder / "deepspeed").glob("*model_states.pt"))
+    saved = torch.load(model_states, weights_only=False)
+    assert saved["module"] and saved.get("frozen_param_fragments") is None
+    for name in saved["module"]:
+        assert "lora_" in name if "lora" in keys else "embed" not in name and "head" not in name and ".0." not in name
+    weights_bytes = (Path(model_path) / "model.safetensors").stat().st_size
+    total = sum(path.stat().st_size for path in folder.rglob("*"))
+    assert total < (0.6 if "lora" in keys else 4.3 * 0.6) * weights_bytes  # of what is trained: 5%, or 44%
+    resumed = lives(ranks, model_path, train, batches[2:], checkpoint=str(folder))
+    for mine, theirs in zip(resumed, whole, strict=True):
+        assert mine.metrics == theirs.metrics[2:] and mine.drawn == theirs.drawn
+    for name, weight in whole[0].weights.items():
+        assert np.array_equal(resumed[0].weights[name], weight), name
+
+
+def test_another_model_below_a_checkpoint_is_refused_before_the_ranks_meet(lives, model_path, tmp_path):
+    train, folder = adamw(2, 1).model_copy(update={"lora": {"r": 2}}), str(tmp_path / "learner")
+    lives(1, model_path, train, six_batches(1, 1)[:1], save_after=0, save_to=folder)
+    same, other = str(tmp_path / "same"), str(tmp_path / "other")
+    shutil.copytree(model_path, same)
+    shutil.copytree(model_path, other)
+    weights = load_file(f"{other}/model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, f"{other}/model.safetensors")
+    check_base(folder, same)
+    with pytest.raises(ConfigError) as caught:
+        lives(1, other, train, [], checkpoint=folder)
+    assert caught.value.what == "model.path" and "model.safetensors is another" in caught.value.got
 
 
 def test_a_checkpoint_is_the_state_and_nothing_else(lives, model_path, tmp_path):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from rlsys.algo import ADVANTAGES, CORRECTIONS, KL_ESTIMATORS, POLICY_LOSSES, VALUE_LOSSES
@@ -174,7 +175,10 @@ def test_adapters_learn_the_same_in_any_layout_and_leave_as_whole_weights(ranks,
     with torch.no_grad():
         ids = torch.tensor(probe[0]).long()
         logprobs = torch.log_softmax(saved(ids[None]).logits[0, :-1], -1).gather(1, ids[1:, None])[:, 0]
+        adapted = PeftModel.from_pretrained(initial, tmp_path / "3-adapter")
+        by_peft = torch.log_softmax(adapted(ids[None]).logits[0, :-1], -1).gather(1, ids[1:, None])[:, 0]
     np.testing.assert_allclose(outcomes[3].probe[0][1:], logprobs.numpy(), atol=2e-5)
+    np.testing.assert_allclose(outcomes[3].probe[0][1:], by_peft.numpy(), atol=2e-5)
 
 
 # --- critic

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from rlsys.errors import ConfigError
-from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS, VllmSettings, engine_environment, num_workers
+from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS, AdapterRoom, VllmSettings, engine_environment, num_workers
 
 
 def _settings(**vllm) -> VllmSettings:
@@ -37,7 +38,16 @@ def test_other_arguments_win_over_the_defaults():
     arguments = _settings(enforce_eager=False, gpu_memory_utilization=0.5).arguments(on_cpu=True)
     assert arguments["enforce_eager"] is False and arguments["gpu_memory_utilization"] == 0.5
     assert _settings().arguments(on_cpu=True)["enforce_eager"] is True
-    assert set(_settings().arguments(on_cpu=True)) >= set(OWNED_ARGUMENTS) - {"weight_transfer_config", "tokenizer"}
+    owned = set(_settings().arguments(on_cpu=True)) | set(AdapterRoom(rank=4, modules=("q_proj",)).arguments())
+    assert owned >= set(OWNED_ARGUMENTS) - {"weight_transfer_config", "tokenizer"}
+
+
+def test_there_is_room_for_one_adapter_where_versions_are_adapters_and_for_none_elsewhere():
+    settings = replace(_settings(), adapter=AdapterRoom(rank=12, modules=("q_proj", "v_proj")))
+    arguments = settings.arguments(on_cpu=True)
+    assert arguments["enable_lora"] is True and arguments["max_loras"] == 1 and arguments["max_lora_rank"] == 16
+    assert arguments["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert "enable_lora" not in _settings().arguments(on_cpu=True)
 
 
 def test_the_probe_always_has_room():
