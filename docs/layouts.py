@@ -24,11 +24,14 @@ norm, and of the gradient itself, |difference| / |gradient| over all weights tog
 transformers: one process, one sequence after the other, whole logits, a loss written out by hand. The bound is 1e-5.
 
 *dp*: data-parallel ranks, `train.ranks`. *tp*: processes that share the layers of each of them,
-`train.tensor_parallel` (dp 2 x tp 2 is four processes). *ZeRO*: `train.zero_stage`, no parameter kept whole.
+`train.tensor_parallel` (dp 2 x tp 2 is four processes). *ep*: data-parallel ranks that share the experts,
+`train.expert_parallel` (dp 4, ep 2 is four processes: two groups, each with all experts). *sp*: processes that share
+the rows of each rank, `train.sequence_parallel`. *ZeRO*: `train.zero_stage`, no parameter kept whole.
 Microbatches have 128 tokens where nothing else is said, and 64 in some rows with processes, so that the split differs
 too. Wherever the logits are what the last layer gives, log-probabilities come straight from its weight (lean), so that
 every row compares lean with whole logits; Gemma 2 caps its logits and is trained from whole ones. No figure:
-DeepSpeed's tensor parallel does not cut experts, and `rlsys check` refuses it.
+DeepSpeed's tensor parallel does not cut experts, a dense model has none to share, and sequence parallel needs full
+attention and as many key-value heads as divide; `rlsys check` refuses the rest.
 
 """
 

@@ -107,11 +107,11 @@ class RayLearner:
     Args:
         actors: one per process, in order.
         version: of the weights that it starts with.
-        tensor_parallel: processes in a row that share a data-parallel rank, and are handed the same microbatches.
+        processes: so many in a row share a data-parallel rank, and are handed the same microbatches.
     """
 
-    def __init__(self, actors: Sequence[Any], version: Version, *, tensor_parallel: int = 1) -> None:
-        self._actors, self._tensor_parallel = list(actors), tensor_parallel
+    def __init__(self, actors: Sequence[Any], version: Version, *, processes: int = 1) -> None:
+        self._actors, self._processes = list(actors), processes
         self._version = self._last_good = version
         self._probe: Probe | None = None
 
@@ -138,7 +138,7 @@ class RayLearner:
         await answer(self._actors[0].remove_segments.remote(run), "learner-0", LearnerFailed)
 
     async def step(self, batch: Batch) -> StepReport:
-        parts = [batch.for_rank(index // self._tensor_parallel) for index in range(len(self._actors))]
+        parts = [batch.for_rank(index // self._processes) for index in range(len(self._actors))]
         metrics = await self._all(
             "train", [actor.step.remote(part) for actor, part in zip(self._actors, parts, strict=True)]
         )

@@ -75,7 +75,9 @@ async def build_run(
     fleet = RayFleet()
     train = config.train
     learner = RayLearner(
-        _learner_actors(config, inputs, other_places[: train.processes]), version, tensor_parallel=train.tensor_parallel
+        _learner_actors(config, inputs, other_places[: train.processes]),
+        version,
+        processes=train.processes // train.ranks,
     )
     new_engine = partial(_rollout_actor, config, inputs, rollout_actor)
     machines = _machines(config, fleet, learner, sink, home=other_places[0].node, new_engine=new_engine)

@@ -201,6 +201,15 @@ class TrainSection(Section):
     """Data-parallel learner ranks: each trains its share of a batch."""
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     """Processes that share the layers of each rank's model (DeepSpeed's AutoTP); there are ranks times as many."""
+    expert_parallel: Annotated[int, Field(ge=1)] = 1
+    """Data-parallel ranks in a row that share the experts of a mixture of experts (DeepSpeed's AutoEP): each has some,
+    and tokens travel. Divides train.ranks and the number of experts."""
+    sequence_parallel: Annotated[int, Field(ge=1)] = 1
+    """Processes that share the rows of each rank's microbatches (DeepSpeed's Ulysses): each has a piece of every row,
+    and within attention some heads; there are ranks times as many."""
+    router_aux_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the loss that balances the load of experts, over all tokens of an optimizer step; 0 switches it off,
+    whatever the model's own config says of its training before. It costs a forward pass more."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
     prompts_per_batch: Annotated[int, Field(ge=1)] = 16
@@ -249,7 +258,7 @@ class TrainSection(Section):
 
     @property
     def processes(self) -> int:
-        return self.ranks * self.tensor_parallel
+        return self.ranks * self.tensor_parallel * self.sequence_parallel
 
 
 class CriticSection(Section):

@@ -152,7 +152,9 @@ def _learner(config: Config) -> str:
     updates = train.steps_per_batch * config.run.steps
     warmup = f", the first {train.warmup_steps} of them warming up" if train.warmup_steps else ""
     short = " (never reaching train.lr)" if train.warmup_steps > updates else ""
-    parts = f" of {train.tensor_parallel} processes each" if train.tensor_parallel > 1 else ""
+    number = train.processes // train.ranks
+    parts = f" of {number} processes each" if number > 1 else ""
+    parts += f", every {train.expert_parallel} sharing the experts" if train.expert_parallel > 1 else ""
     again = ", activations computed again" if train.activation_checkpointing else ""
     what = "" if train.lora is None else f"; adapters {train.lora} on a base that is not trained"
     what += f"; not trained: {', '.join(train.frozen)}" if train.frozen else ""

@@ -15,9 +15,11 @@ from rlsys.errors import ConfigError
 from rlsys.plan.adapters import plan_adapters
 from rlsys.plan.algorithm import check_rows, row_of
 from rlsys.plan.engine_arguments import check_engine_arguments, check_engine_workers
+from rlsys.plan.experts import check_experts
 from rlsys.plan.facts import Found
 from rlsys.plan.frozen import check_frozen
 from rlsys.plan.model_folder import check_model_folder, check_vocabulary, load_tokenizer
+from rlsys.plan.sequence_parallel import check_sequence_parallel
 from rlsys.plan.space import is_cluster_named
 from rlsys.plan.teacher import check_teacher
 from rlsys.plan.tensor_parallel import check_tensor_parallel
@@ -49,6 +51,8 @@ def check_references(config: Config) -> Found:
     rows = check_rows(config)
     check_tensor_parallel(config)
     check_frozen(config)
+    check_experts(config)
+    check_sequence_parallel(config)
     data = load_questions(config.data)
     reward = check_reward_function(config, data.split.train[0].fields)
     check_answers(reward, [question.answer for question in (*data.split.train, *data.split.held_out)])

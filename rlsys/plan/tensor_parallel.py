@@ -47,7 +47,7 @@ def check_tensor_parallel(config: Config) -> None:
 
 
 def _check_model(key: str, path: str, train: TrainSection) -> None:
-    model = _config_of(path)
+    model = config_of(path)
     passed = train.deepspeed.get("tensor_parallel", {})
     if not passed.get("partition_config") and not passed.get("preset_model"):  # else the user says how to cut it
         _check_plan(key, model, train)
@@ -78,7 +78,8 @@ def _check_plan(key: str, model: Any, train: TrainSection) -> None:
     )
 
 
-def _config_of(path: str) -> Any:
+def config_of(path: str) -> Any:
+    """The config of the text model in a folder, or of the embedded one."""
     if path == TINY:
         with torch.device("meta"):
             return make_random_model(make_tokenizer()).config

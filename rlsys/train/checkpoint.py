@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rlsys.config.schema import TrainSection
 from rlsys.errors import CheckpointDamaged, CheckpointFailed, ConfigError
 from rlsys.train.base import write_base
 
@@ -31,6 +32,19 @@ class Layout:
     ranks: int
     zero_stage: int
     tensor_parallel: int = 1
+    expert_parallel: int = 1
+    sequence_parallel: int = 1
+
+    @classmethod
+    def of(cls, train: TrainSection, *, world_size: int) -> Layout:
+        """That of a section of the configuration, over so many processes."""
+        return cls(
+            ranks=world_size * train.ranks // train.processes,
+            zero_stage=train.zero_stage,
+            tensor_parallel=train.tensor_parallel,
+            expert_parallel=train.expert_parallel,
+            sequence_parallel=train.sequence_parallel,
+        )
 
 
 def saved_layout(folder: Path | str) -> Layout:
@@ -45,7 +59,7 @@ def saved_layout(folder: Path | str) -> Layout:
 def check_layout(folder: Path | str, layout: Layout) -> None:
     """Refuse a learner in ``folder`` that was saved under another layout. Raises ConfigError."""
     saved = saved_layout(folder)
-    for key in ("ranks", "tensor_parallel", "zero_stage"):
+    for key in ("ranks", "tensor_parallel", "expert_parallel", "sequence_parallel", "zero_stage"):
         got, wanted = getattr(layout, key), getattr(saved, key)
         if got != wanted:
             raise ConfigError(

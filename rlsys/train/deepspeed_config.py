@@ -21,10 +21,28 @@ _OURS = {
     "managed_gradient_accumulation": "Leave it out: the learner marks the last microbatch itself.",
     "fp16.enabled": "Use train.deepspeed.bf16: float16's loss scaling skips steps, and skipped steps are no versions.",
     "tensor_parallel.autotp_size": "Set train.tensor_parallel instead.",
+    "sequence_parallel_size": "Set train.sequence_parallel instead.",
+    "expert_parallel.enabled": "Set train.expert_parallel instead.",
+    "expert_parallel.autoep_size": "Set train.expert_parallel instead.",
 }
 # DeepSpeed's sections; it takes none of them in another form.
-_SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "optimizer.params", "scheduler", "tensor_parallel")
-_WANTED_WHERE_UNSET = {"fp16.enabled": False, "managed_gradient_accumulation": True}
+_SECTIONS = (
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "optimizer.params",
+    "scheduler",
+    "tensor_parallel",
+    "expert_parallel",
+)
+_WANTED_WHERE_UNSET = {
+    "fp16.enabled": False,
+    "managed_gradient_accumulation": True,
+    "sequence_parallel_size": 1,
+    "expert_parallel.enabled": False,
+    "expert_parallel.autoep_size": 1,
+}
 
 
 def deepspeed_config(train: TrainSection, *, device: str) -> dict[str, Any]:
@@ -51,6 +69,8 @@ def deepspeed_config(train: TrainSection, *, device: str) -> dict[str, Any]:
             "params": {"lr": train.lr, "betas": list(train.betas), "weight_decay": train.weight_decay},
         },
     }
+    if train.expert_parallel > 1:
+        ours["expert_parallel"] = {"enabled": True, "autoep_size": train.expert_parallel}
     _refuse_other_forms(train)
     _refuse_contradictions(train, ours)
     merged = _merge(ours, train.deepspeed)
@@ -75,7 +95,12 @@ def _refuse_other_forms(train: TrainSection) -> None:
 
 
 def _refuse_contradictions(train: TrainSection, ours: Mapping[str, Any]) -> None:
-    for key, remedy in _OURS.items():
+    keys = dict(_OURS)
+    if train.sequence_parallel > 1 and train.zero_stage == 3:
+        keys["zero_optimization.reduce_scatter"] = (
+            "Leave it out: the other way of reducing weighs pieces of rows apart."
+        )
+    for key, remedy in keys.items():
         got = _look_up(train.deepspeed, key)
         wanted = _look_up(ours, key)
         if wanted is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers.core_model_loading import revert_weight_conversion
 
+from rlsys.train.expert_parallel import is_expert_parallel, whole_layer
 from rlsys.train.lora import base_of, is_adapted, merged
 
 
@@ -22,9 +23,9 @@ def full_weights(
     Files and modules may name and cut weights differently: the experts of a Mixtral are one tensor here, one each in
     its files. Engines and other readers know the files' way.
 
-    A collective under ZeRO-3 and tensor parallel: every rank runs it to its end. A tensor is valid until the next one
-    is asked for, and may alias the live parameter: copy it. The second name of a tied pair (``lm_head.weight``) is left
-    out. Adapters are merged into the layers that they belong to.
+    A collective under ZeRO-3, tensor and expert parallel: every rank runs it to its end. A tensor is valid until the
+    next one is asked for, and may alias the live parameter: copy it. The second name of a tied pair
+    (``lm_head.weight``) is left out. Adapters are merged into the layers that they belong to.
     """
     model = base_of(model)
     # what from_pretrained noted: where it changed nothing, there is nothing to revert, and looking for it takes longer
@@ -32,6 +33,10 @@ def full_weights(
     is_as_in_files = getattr(model, "_weight_conversions", None) == []
     seen: set[int] = set()
     for prefix, module in model.named_modules():
+        if is_expert_parallel(module):
+            named = {f"{prefix}.{name}": tensor for name, tensor in whole_layer(module).items()}
+            seen.update(id(parameter) for parameter in module.parameters())
+            yield from revert_weight_conversion(model, named).items()
         has_adapters = is_adapted(module)
         own = {
             name: parameter

@@ -7,7 +7,7 @@ head), B columns of a block, M tokens looked up.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,10 +30,11 @@ class LeanHead:
 
     Args:
         module: a linear layer whose outputs are the logits, or DeepSpeed's share of one.
+        cut: of the targets, where the model has only a piece of each row.
     """
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
+    def __init__(self, module: Any, cut: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._module, self._cut = module, cut
         sizes = getattr(module, "_partition_sizes", ())  # of a layer that DeepSpeed has cut
         is_cut = len(sizes) > 1
         self._group = module.mp_group if is_cut else None
@@ -43,6 +44,8 @@ class LeanHead:
     def looking_up(self, targets_RLM: Tensor, temperature: float, entropy_gradient: bool) -> Iterator[None]:
         """Within, the model's "logits" are float32 [R, L, M + 1]: log-probabilities of the targets at each token under
         the temperature, then the entropy there."""
+        if self._cut is not None:
+            targets_RLM = self._cut(targets_RLM)
         self._module.forward = functools.partial(self._answer, targets_RLM, temperature, entropy_gradient)
         try:
             yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from rlsys.train.base import check_base
 from rlsys.train.checkpoint import Layout, check_layout
 from rlsys.train.critic import Critic, CriticPlan
 from rlsys.train.deepspeed_config import deepspeed_config
+from rlsys.train.experts import Routers
 from rlsys.train.head import LeanHead
 from rlsys.train.logprobs import TokenLogprobs, logprobs_by
 from rlsys.train.lora import base_of, leaves_base_alone
@@ -85,6 +87,7 @@ class LearnerRank:
         self._critic: Critic | None = None
         self._reference: ReferenceBase | ReferenceCopy | None = None
         self._rank = 0
+        self._routers: Any = None  # Routers, once started
 
     @property
     def vocab_size(self) -> int:
@@ -97,7 +100,7 @@ class LearnerRank:
         """Meet the other ranks and bring DeepSpeed up, in the state of ``checkpoint`` where that is given.
 
         Args:
-            rank, world_size: of all processes; ``train.tensor_parallel`` in a row are one data-parallel rank.
+            rank, world_size: of all processes; those of one data-parallel rank (``train.processes``) stand in a row.
             checkpoint: folder of an earlier ``save_checkpoint``; None starts from the model.
 
         Raises:
@@ -106,8 +109,7 @@ class LearnerRank:
             CheckpointDamaged: there is no checkpoint in ``checkpoint``.
         """
         deepspeed_config(self._train, device=self._device)  # refuses before anybody is met
-        parts = self._train.tensor_parallel
-        layout = Layout(ranks=world_size // parts, zero_stage=self._train.zero_stage, tensor_parallel=parts)
+        layout = Layout.of(self._train, world_size=world_size)
         self._rank = rank
         if checkpoint is not None:
             check_layout(checkpoint, layout)
@@ -120,12 +122,13 @@ class LearnerRank:
             master_addr=master_addr,
             master_port=master_port,
             timeout_s=self._train.timeout_s,
-            tensor_parallel=parts,
+            processes_a_rank=world_size // layout.ranks,
         )
         self._start_policy(layout)
         if self._critic_plan is not None:
-            section = self._train.model_copy(update={"lr": self._critic_plan.lr, "warmup_steps": 0})
-            own = self._trained(load_critic(self._critic_plan.model_path), section, layout)
+            changes = {"lr": self._critic_plan.lr, "warmup_steps": 0, "expert_parallel": 1}
+            section = self._train.model_copy(update=changes)
+            own = self._trained(load_critic(self._critic_plan.model_path), section, replace(layout, expert_parallel=1))
             self._critic = Critic(own, self._critic_plan.loss, self._device)
         if self._objective.kl is not None and self._train.lora is not None:
             self._reference = ReferenceBase(self._policy, self._head, self._device)
@@ -148,8 +151,11 @@ class LearnerRank:
         base = base_below(self._model_path, self._train, policy)
         self._policy = self._trained(policy, self._train, layout, whole_logits=not is_lean, base=base)
         if is_lean:
-            self._head = LeanHead(base_of(self._policy.module).get_output_embeddings())
-        if layout.tensor_parallel > 1:
+            self._head = LeanHead(base_of(self._policy.module).get_output_embeddings(), self._policy.cut)
+        self._routers = Routers(
+            self._policy.module, coef=self._train.router_aux_coef, device=self._device, cut=self._policy.cut
+        )
+        if max(layout.tensor_parallel, layout.expert_parallel, layout.sequence_parallel) > 1:
             cut = tried(self._policy, self._head, vocab_size=vocab_size, device=self._device)
             check_is_same_model(cut, whole, self._train)
 
@@ -186,7 +192,7 @@ class LearnerRank:
             self._critic.trained.destroy()
         if self._policy is not None:
             self._policy.destroy()
-        self._policy = self._head = self._critic = self._reference = None
+        self._policy = self._head = self._critic = self._reference = self._routers = None
         parallel.leave(self._deepspeed)
 
     def step(self, batch: RankBatch) -> dict[str, float]:
@@ -222,6 +228,7 @@ class LearnerRank:
         return {
             **metrics,
             **self._after(batch, metrics),
+            **self._routers.metrics(),
             **{name: sum(values) / len(values) for name, values in norms.items()},
             **rates,
             "perf/train_tokens": float(batch.num_tokens),
@@ -309,10 +316,12 @@ class LearnerRank:
     ) -> tuple[dict[str, Measure], float]:
         """One optimizer step. Returns its measures and its gradient norm (before clipping)."""
         count, settled = self._look_ahead(part, inputs, is_first)
+        self._routers.settle(part.microbatches, self._no_grad_logprobs)
         measures: dict[str, Measure] = {}
         is_finite, last = True, len(part.microbatches) - 1
         for index, (microbatch, of_rows) in enumerate(zip(part.microbatches, inputs, strict=True)):
             loss_sum, own = self._forward_microbatch(microbatch, of_rows, settled)
+            loss_sum = loss_sum + count * self._routers.balance_loss()
             is_finite = is_finite and bool(torch.isfinite(loss_sum))
             self._policy.backward(loss_sum, count, is_last=index == last)
             measures = merge(measures, own)
@@ -340,13 +349,14 @@ class LearnerRank:
         """``inputs``: of the rows; without the proximal policy it is that of this very forward."""
         entropy_coef = self._terms.weight("entropy")
         teacher = microbatch.teacher
-        current = self._forward(
-            microbatch.token_ids,
-            microbatch.position_ids,
-            self._temperature,
-            candidate_ids=teacher.candidate_ids if teacher is not None else None,
-            entropy_gradient=entropy_coef != 0.0,
-        )
+        with self._routers.at(microbatch):
+            current = self._forward(
+                microbatch.token_ids,
+                microbatch.position_ids,
+                self._temperature,
+                candidate_ids=teacher.candidate_ids if teacher is not None else None,
+                entropy_gradient=entropy_coef != 0.0,
+            )
         policy_T, entropy_T = current.logprobs.reshape(-1), current.entropy.reshape(-1)
         objective = self._objective.of(
             settled,
@@ -365,7 +375,7 @@ class LearnerRank:
         return objective.loss_sum, {**objective.measures, "actor/entropy": entropy}
 
     def _no_grad_logprobs(self, microbatch: Microbatch) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), self._routers.at(microbatch):
             return self._forward(microbatch.token_ids, microbatch.position_ids, self._temperature).logprobs
 
     def _forward(

@@ -2,8 +2,9 @@
 
 Every function is a collective: all ranks call it in the same order, or all of them wait until the deadline.
 
-Under tensor parallel, N processes in a row share one data-parallel rank: its model, its microbatches. Sums are over the
-data-parallel ranks, so that what N processes hold alike counts once; flags are over all processes.
+Under tensor and sequence parallel, N processes in a row share one data-parallel rank: its microbatches, and its model
+or their rows. Sums are over the data-parallel ranks, so that what N processes hold alike counts once; flags are over
+all processes.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ def join(
     master_addr: str,
     master_port: int,
     timeout_s: float,
-    tensor_parallel: int = 1,
+    processes_a_rank: int = 1,
 ) -> None:
     """Meet the other ranks at ``master_addr:master_port``. Raises torch's DistStoreError where they do not come.
 
     Args:
         rank, world_size: of all processes.
-        tensor_parallel: processes in a row that share a data-parallel rank; divides ``world_size``.
+        processes_a_rank: so many in a row share a data-parallel rank; divides ``world_size``.
     """
     global _data_group
     os.environ.update(
@@ -73,8 +74,8 @@ def join(
         verbose=False,
         timeout=timedelta(seconds=timeout_s),
     )
-    if tensor_parallel > 1:
-        alike = [list(range(part, world_size, tensor_parallel)) for part in range(tensor_parallel)]
+    if processes_a_rank > 1:
+        alike = [list(range(part, world_size, processes_a_rank)) for part in range(processes_a_rank)]
         _data_group, _ = dist.new_subgroups_by_enumeration(alike, timeout=timedelta(seconds=timeout_s))
 
 
@@ -97,6 +98,13 @@ def total(numbers: Tensor, device: str) -> Tensor:
     """The sum over all data-parallel ranks, of a tensor that has the same shape on each."""
     result = numbers.detach().to(device, copy=True)
     dist.all_reduce(result, op=dist.ReduceOp.SUM, group=_data_group)
+    return result.to(numbers.device)
+
+
+def total_of_processes(numbers: Tensor, device: str) -> Tensor:
+    """The sum over all processes, of what each has of its own."""
+    result = numbers.detach().to(device, copy=True)
+    dist.all_reduce(result, op=dist.ReduceOp.SUM)
     return result.to(numbers.device)
 
 

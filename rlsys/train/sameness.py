@@ -59,10 +59,13 @@ def check_is_same_model(got: Tensor, wanted: Tensor, train: TrainSection) -> Non
     gap = float((got.cpu() - wanted).abs().max())
     is_rounded = not _HALF.isdisjoint(train.deepspeed)
     if not gap <= (_HALF_ROUNDING if is_rounded else _ROUNDING):
+        key = next(
+            key for key in ("tensor_parallel", "expert_parallel", "sequence_parallel") if getattr(train, key) > 1
+        )
+        or_say = ", or say how to cut it in train.deepspeed.tensor_parallel.partition_config"
         raise ConfigError(
-            f"train.tensor_parallel={train.tensor_parallel}",
+            f"train.{key}={getattr(train, key)}",
             got=f"other log-probabilities than those of the whole model, by up to {gap:.2g}",
             wanted="the same model, cut",
-            remedy="set train.tensor_parallel=1, or say how to cut it in "
-            "train.deepspeed.tensor_parallel.partition_config",
+            remedy=f"set train.{key}=1{or_say if key == 'tensor_parallel' else ''}",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -18,9 +18,11 @@ from rlsys.records import Version
 from rlsys.train import parallel
 from rlsys.train.checkpoint import Layout, load_state, save_state
 from rlsys.train.deepspeed_config import deepspeed_config
+from rlsys.train.expert_parallel import is_expert_parallel, is_part_of_experts
 from rlsys.train.export import full_weights
 from rlsys.train.frozen import leave_out_frozen
 from rlsys.train.lora import adapter_weights, save_adapter
+from rlsys.train.sequence_parallel import SequenceParallel
 
 
 class Trained:
@@ -52,10 +54,17 @@ class Trained:
         config = deepspeed_config(train, device=device)
         if whole_logits:
             config["tensor_parallel"]["vocab_parallel_lm_head"] = False
+        # without ZeRO, DeepSpeed clips by the mean of the norms of processes, which have different experts
+        self._clips_itself = layout.expert_parallel > 1 and layout.zero_stage == 0
+        self._max_norm = train.max_grad_norm
+        if self._clips_itself:
+            config["gradient_clipping"] = 0.0
         warm_up = functools.partial(_learning_rate_factor, warmup_steps=train.warmup_steps)
         schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=warm_up)
+        self._sequence = SequenceParallel(module, layout.sequence_parallel) if layout.sequence_parallel > 1 else None
         self._engine, *_ = deepspeed.initialize(
             model=module,
+            mpu=None if self._sequence is None else self._sequence.groups,
             model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
             config=config,
             lr_scheduler=None if "scheduler" in config else schedule,
@@ -71,9 +80,14 @@ class Trained:
     def learning_rate(self) -> float:
         return float(self._engine.get_lr()[0])
 
+    @property
+    def cut(self) -> Callable[[Tensor], Tensor] | None:
+        """What makes whole rows those that the module has in this process; None where it has whole ones."""
+        return None if self._sequence is None else self._sequence.cut
+
     def __call__(self, **inputs: Any) -> Any:
         """The module's forward pass."""
-        return self._engine(**inputs)
+        return self._engine(**inputs) if self._sequence is None else self._sequence.forward(self._engine, **inputs)
 
     def backward(self, loss_sum: Tensor, count: float, *, is_last: bool) -> None:
         """Add the gradient of ``loss_sum / count`` to that of the step, over all ranks.
@@ -84,6 +98,8 @@ class Trained:
         """
         self._engine.set_gradient_accumulation_boundary(is_last)
         scale = self._layout.ranks / count  # DeepSpeed averages gradients over the ranks
+        if self._layout.zero_stage == 3:  # there over all processes, though those that share rows have parts of a sum
+            scale *= self._layout.sequence_parallel
         self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
 
     def step(self, version: Version) -> float:
@@ -98,6 +114,10 @@ class Trained:
         if self._layout.zero_stage == 0:
             norm = self._gradient_norm()
             self.refuse_unless_finite(math.isfinite(norm), "the gradient norm", version)
+            if self._clips_itself and 0.0 < self._max_norm < norm:
+                for parameter in self.module.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(self._max_norm / norm)
             self._engine.step()
             return norm
         self._engine.step()
@@ -107,19 +127,27 @@ class Trained:
         return norm
 
     def _gradient_norm(self) -> float:
-        """Of the whole gradient: a rank has its pieces of what tensor parallel cuts, and all of the rest."""
+        """Of the whole gradient: a process has its pieces of what tensor parallel cuts, or its experts of what expert
+        parallel shares out, and all of the rest."""
         pieces: list[Tensor] = []
         whole: list[Tensor] = []
         for parameter in self.module.parameters():
             if parameter.grad is not None:
-                is_piece = getattr(parameter, "tensor_model_parallel", False)
+                is_piece = getattr(parameter, "tensor_model_parallel", False) or is_part_of_experts(parameter)
                 (pieces if is_piece else whole).append(parameter.grad)
         norm_of_whole = torch.nn.utils.get_total_norm(whole)
-        if self._layout.tensor_parallel == 1:
+        group = self._group_of_pieces()
+        if group is None:
             return float(norm_of_whole)
         square_of_pieces = torch.nn.utils.get_total_norm(pieces).square()
-        torch.distributed.all_reduce(square_of_pieces, group=self._engine.mpu.get_tensor_model_parallel_group())
+        torch.distributed.all_reduce(square_of_pieces, group=group)
         return float((norm_of_whole.square() + square_of_pieces).sqrt())
+
+    def _group_of_pieces(self) -> Any:
+        """The processes whose pieces make up a whole; None where nothing is cut."""
+        if self._layout.expert_parallel > 1:
+            return next(part.ep_group for part in self.module.modules() if is_expert_parallel(part))
+        return self._engine.mpu.get_tensor_model_parallel_group() if self._layout.tensor_parallel > 1 else None
 
     def refuse_unless_finite(self, is_finite: bool, quantity: str, version: Version) -> None:
         """Raises Diverged on every rank, where one of them has met what is not finite."""

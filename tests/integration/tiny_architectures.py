@@ -145,6 +145,11 @@ ARCHITECTURES = {
     "mixtral_experts": TinyArchitecture(
         model_type="mixtral", config={"num_local_experts": 4, "num_experts_per_tok": 2}, zero_stage=3
     ),
+    "qwen3_experts": TinyArchitecture(
+        model_type="qwen3_moe",
+        config={"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True},
+        zero_stage=2,
+    ),
     # vLLM runs the class of transformers; its files name the head otherwise than its modules
     "gpt_neox": TinyArchitecture(model_type="gpt_neox", config=TWO_FULL_HEADS, zero_stage=1),
     # learned positions, transposed weights

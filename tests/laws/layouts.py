@@ -57,6 +57,8 @@ class Layout:
 
     ranks: int = 1
     tensor_parallel: int = 1
+    expert_parallel: int = 1
+    sequence_parallel: int = 1
     zero_stage: int = 0
     tokens_per_microbatch: int = 128
     is_padded: bool = False
@@ -64,7 +66,7 @@ class Layout:
 
     @property
     def processes(self) -> int:
-        return self.ranks * self.tensor_parallel
+        return self.ranks * self.tensor_parallel * self.sequence_parallel
 
 
 ONE_KEY_VALUE_HEAD = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -95,6 +97,18 @@ MODELS = {
         config={**PLAIN_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2},
         has_experts=True,
     ),
+    "Qwen3-MoE": Model(
+        kind="qwen3_moe",
+        shows="more, smaller experts; weights of the chosen ones that do not add up to 1",
+        config={
+            **PLAIN_HEADS,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": False,
+        },
+        has_experts=True,
+    ),
 }
 
 FURTHER = {
@@ -115,6 +129,15 @@ LAYOUTS = {
     "tp 2, ZeRO-1": Layout(tensor_parallel=2, zero_stage=1),
     "tp 2, ZeRO-2": Layout(tensor_parallel=2, zero_stage=2, tokens_per_microbatch=64),
     "tp 2, ZeRO-3": Layout(tensor_parallel=2, zero_stage=3, activation_checkpointing=True),
+    "dp 2, ep 2": Layout(ranks=2, expert_parallel=2),
+    "dp 2, ep 2, ZeRO-1": Layout(ranks=2, expert_parallel=2, zero_stage=1),
+    "dp 2, ep 2, ZeRO-2": Layout(ranks=2, expert_parallel=2, zero_stage=2, tokens_per_microbatch=64),
+    "dp 4, ep 2, ZeRO-2": Layout(ranks=4, expert_parallel=2, zero_stage=2, activation_checkpointing=True),
+    "sp 2": Layout(sequence_parallel=2),
+    "sp 2, padded rows": Layout(sequence_parallel=2, is_padded=True),
+    "sp 2, ZeRO-1": Layout(sequence_parallel=2, zero_stage=1, activation_checkpointing=True),
+    "sp 2, ZeRO-3": Layout(sequence_parallel=2, zero_stage=3, tokens_per_microbatch=64),
+    "dp 2 x sp 2, ZeRO-2": Layout(ranks=2, sequence_parallel=2, zero_stage=2),
     "dp 2 x tp 2": Layout(ranks=2, tensor_parallel=2),
     "dp 2 x tp 2, ZeRO-3": Layout(ranks=2, tensor_parallel=2, zero_stage=3, tokens_per_microbatch=64),
 }
@@ -134,8 +157,27 @@ class Difference:
 
 
 def can_run(model: Model, layout: Layout) -> bool:
-    """DeepSpeed's tensor parallel does not cut experts."""
-    return not (model.has_experts and layout.tensor_parallel > 1)
+    """DeepSpeed's tensor parallel does not cut experts, and only they can be shared out; its sequence parallel shares
+    key-value heads out evenly, and knows no windows."""
+    if layout.sequence_parallel > 1:
+        heads = model.config.get("num_key_value_heads", 1)
+        return "sliding_window" not in model.config and heads % layout.sequence_parallel == 0
+    return layout.tensor_parallel == 1 if model.has_experts else layout.expert_parallel == 1
+
+
+def make_folder(name: str, parent: Path) -> str:
+    """Folder below ``parent`` of a model of ``MODELS`` or ``FURTHER``, written where it is not there yet."""
+    of = {**MODELS, **FURTHER}[name]
+    folder = parent / name.replace(" ", "_").lower()
+    if not folder.exists():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(of.kind, **{**COMMON, **of.config}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # norms and biases start at 0 or 1; here none is what another one could be
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        model.save_pretrained(folder)
+    return str(folder)
 
 
 class Steps:
@@ -155,17 +197,7 @@ class Steps:
 
     def path(self, name: str) -> str:
         """Folder of a model of ``MODELS`` or ``FURTHER``."""
-        of = {**MODELS, **FURTHER}[name]
-        folder = self._folder / name.replace(" ", "_").lower()
-        if not folder.exists():
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(of.kind, **{**COMMON, **of.config}))
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.ndim == 1:  # norms and biases start at 0 or 1; here none is what another one could be
-                        parameter.add_(torch.randn_like(parameter), alpha=0.1)
-            model.save_pretrained(folder)
-        return str(folder)
+        return make_folder(name, self._folder)
 
     def _reference(self, name: str) -> tuple[float, dict[str, np.ndarray]]:
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -189,6 +221,8 @@ class Steps:
                 layout.zero_stage,
                 layout.ranks,
                 tensor_parallel=layout.tensor_parallel,
+                expert_parallel=layout.expert_parallel,
+                sequence_parallel=layout.sequence_parallel,
                 activation_checkpointing=layout.activation_checkpointing,
             ),
         )

@@ -166,7 +166,7 @@ class Ranks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        parts = keys["train"].tensor_parallel  # processes in a row that are one data-parallel rank
+        parts = keys["train"].processes // keys["train"].ranks  # processes in a row that are one data-parallel rank
         for rank, pipe in enumerate(self._pipes[:world_size]):
             pipe.send(dict(rank=rank, world_size=world_size, port=port, batches=batches(rank // parts), **keys))
         return [self._receive(rank) for rank in range(world_size)]

@@ -107,7 +107,11 @@ def padded_rows(samples: Sequence[Sample]) -> RankBatch:
     positions = torch.arange(length).repeat(len(single), 1)
     of_samples = {name: torch.cat([getattr(mb, name) for mb in single]) for name in SAMPLES}
     rows = Microbatch(
-        **{name: stack(name) for name in names}, **of_samples, position_ids=positions, teacher=None, segments=()
+        **{name: stack(name) for name in names},
+        **of_samples,
+        position_ids=positions,
+        teacher=None,
+        segments=tuple(replace(mb.segments[0], sample=i, row=i) for i, mb in enumerate(single)),
     )
     part = RankPart(microbatches=(rows,), num_weighted_tokens=int(rows.weight_mask.sum()))
     return RankBatch(version=VERSION, parts=(part,), num_tokens=0, num_samples=len(samples))

@@ -68,8 +68,11 @@ def test_a_process_without_attention_heads_changes_nothing(steps, zero_stage):
     assert steps.difference("Gemma, one key-value head", layout).worst <= EXACT
 
 
-@pytest.mark.parametrize("kind", ["batch loss", "rejection", "prompts"])
-def test_what_looks_at_the_whole_batch_sees_each_rank_once(steps, model_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "shared"),
+    [("batch loss", "tensor"), ("rejection", "tensor"), ("prompts", "tensor"), ("batch loss", "sequence")],
+)
+def test_what_looks_at_the_whole_batch_sees_each_rank_once(steps, model_path, kind, shared):
     """Two ranks of two processes each, against one process: counts, statistics and metrics over ranks."""
     samples = build(make_groups(VERSION), advantage=grpo, oldest_step=OLDEST_STEP, correct_at=1.0)
     one, four = (
@@ -77,7 +80,7 @@ def test_what_looks_at_the_whole_batch_sees_each_rank_once(steps, model_path, ki
             num_ranks * parts,
             packed(samples, num_ranks, 64, steps=2),
             model_path=model_path,
-            train=section(zero_stage, num_ranks, tensor_parallel=parts, lr=1.0, steps_per_batch=2),
+            train=section(zero_stage, num_ranks, lr=1.0, **{f"{shared}_parallel": parts}, steps_per_batch=2),
             objective=KINDS_OF_ROWS[kind],
         )
         for processes, num_ranks, parts, zero_stage in ((steps.pair, 1, 1, 0), (steps.four, 2, 2, 2))
@@ -91,15 +94,18 @@ def test_what_looks_at_the_whole_batch_sees_each_rank_once(steps, model_path, ki
             assert metrics[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-5), name
 
 
-@pytest.mark.parametrize(("model", "zero_stage"), [("Llama", 1), ("Qwen2 tied", 3), ("Gemma 2", 2)])
-def test_what_leaves_a_cut_model_is_the_whole_one(ranks, steps, tmp_path, model, zero_stage):
+@pytest.mark.parametrize(
+    ("model", "zero_stage", "shared"),
+    [("Llama", 1, "tensor"), ("Qwen2 tied", 3, "tensor"), ("Gemma 2", 2, "tensor"), ("Qwen3", 2, "sequence")],
+)
+def test_what_leaves_a_cut_model_is_the_whole_one(ranks, steps, tmp_path, model, zero_stage, shared):
     samples = build(make_groups(VERSION), advantage=grpo, oldest_step=OLDEST_STEP, correct_at=1.0)
     once = packed(samples, 1, 64)
     outcomes = ranks.run(
         2,
         lambda rank: once(rank) * 2,
         model_path=steps.path(model),
-        train=section(zero_stage, 1, tensor_parallel=2, lr=0.25),
+        train=section(zero_stage, 1, lr=0.25, **{f"{shared}_parallel": 2}),
         probe=[samples[0].token_ids_T],
         save_to=str(tmp_path),
     )
@@ -107,6 +113,7 @@ def test_what_leaves_a_cut_model_is_the_whole_one(ranks, steps, tmp_path, model,
         AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")  # caps attention where the model does
         for path in (steps.path(model), tmp_path)
     )
+    assert "rlsys" not in (tmp_path / "config.json").read_text()  # nor how it was trained
     assert not outcomes[1].after  # the second process takes part, and has nothing to write
     for name, parameter in initial.named_parameters():
         assert np.array_equal(outcomes[0].before[name], parameter.detach().numpy())

@@ -34,6 +34,7 @@ from rlsys.train.base import check_base
 from rlsys.train.checkpoint import Layout, check_layout, saved_layout
 from rlsys.train.learner import LearnerRank
 from rlsys.train.objective import Objective
+from tests.laws.layouts import make_folder
 from tests.laws.learner_ranks import DEADLINE_S, TEMPERATURE, make_groups, make_model, section
 
 pytestmark = pytest.mark.engines
@@ -94,7 +95,7 @@ def live(
                     fail_to_save(learner, save_to, max_file_bytes.get(rank))
                 learner.save_checkpoint(save_to)
                 drawn = torch.rand(3).tolist()
-            metrics.append(learner.step(batch.for_rank(rank // train.tensor_parallel)))
+            metrics.append(learner.step(batch.for_rank(rank * train.ranks // train.processes)))
         learner.export(lambda name, tensor: weights.update({name: tensor.float().numpy().copy()}))
     finally:
         learner.stop()
@@ -225,6 +226,21 @@ def test_a_learner_whose_layers_are_cut_goes_on_bit_for_bit(lives, model_path, t
     with pytest.raises(ConfigError) as caught:
         check_layout(folder, Layout(ranks=1, zero_stage=zero_stage))
     assert (caught.value.what, caught.value.got) == ("train.tensor_parallel", "1")
+
+
+@pytest.mark.parametrize(("key", "ranks", "zero_stage"), [("expert", 2, 0), ("expert", 2, 2), ("sequence", 1, 3)])
+def test_a_learner_whose_experts_or_rows_are_shared_out_goes_on_bit_for_bit(lives, tmp_path, key, ranks, zero_stage):
+    train = adamw(zero_stage, ranks).model_copy(update={f"{key}_parallel": 2, "router_aux_coef": 0.5})
+    batches, folder, path = six_batches(ranks, 2)[:4], str(tmp_path / "learner"), make_folder("Mixtral", tmp_path)
+    whole = lives(2, path, train, batches, save_after=2, save_to=folder)
+    resumed = lives(2, path, train, batches[2:], checkpoint=folder)
+    for mine, theirs in zip(resumed, whole, strict=True):
+        assert mine.metrics == theirs.metrics[2:] and mine.drawn == theirs.drawn
+    for name, weight in whole[0].weights.items():
+        assert np.array_equal(resumed[0].weights[name], weight), name
+    with pytest.raises(ConfigError) as caught:
+        check_layout(folder, Layout(ranks=ranks, zero_stage=zero_stage))
+    assert (caught.value.what, caught.value.got) == (f"train.{key}_parallel", "1")
 
 
 @pytest.mark.parametrize(

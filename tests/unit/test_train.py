@@ -116,9 +116,22 @@ def test_what_the_user_passes_is_merged_and_an_optimizer_replaces_ours_whole():
         ({"fp16": {"enabled": True}}, "train.deepspeed.fp16.enabled", "bf16"),
         ({"tensor_parallel": {"autotp_size": 2}}, "train.deepspeed.tensor_parallel.autotp_size", "tensor_parallel"),
         ({"managed_gradient_accumulation": False}, "train.deepspeed.managed_gradient_accumulation", "Leave it out"),
+        ({"expert_parallel": {"enabled": True}}, "train.deepspeed.expert_parallel.enabled", "train.expert_parallel"),
+        ({"sequence_parallel_size": 2}, "train.deepspeed.sequence_parallel_size", "train.sequence_parallel"),
     ],
 )
 def test_entry_that_contradicts_ours_is_refused_and_names_the_key_to_set_instead(passed, key, remedy):
     with pytest.raises(ConfigError) as caught:
         deepspeed_config(TrainSection(deepspeed=passed), device="cpu")
     assert caught.value.what == key and remedy in caught.value.remedy
+
+
+def test_experts_are_shared_out_and_pieces_of_rows_reduced_in_one_way_alone():
+    config = deepspeed_config(TrainSection(ranks=2, expert_parallel=2), device="cpu")
+    assert config["expert_parallel"] == {"enabled": True, "autoep_size": 2}
+    assert "expert_parallel" not in deepspeed_config(TrainSection(), device="cpu")
+    passed = {"zero_optimization": {"reduce_scatter": False}}
+    deepspeed_config(TrainSection(zero_stage=3, deepspeed=passed), device="cpu")
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_config(TrainSection(zero_stage=3, sequence_parallel=2, deepspeed=passed), device="cpu")
+    assert caught.value.what == "train.deepspeed.zero_optimization.reduce_scatter"
