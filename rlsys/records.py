@@ -72,6 +72,7 @@ class StopReason(Enum):
     EOS = "eos"  # the model ended its answer
     LENGTH = "length"  # the token limit was reached
     ENV = "env"  # the environment ended the conversation
+    INTERRUPTED = "interrupted"  # the engine let it go before its end: it goes on elsewhere
 
 
 class DropCause(Enum):
@@ -141,7 +142,7 @@ class Turn:
         token_ids_T: int32 [T], sampled tokens, the end-of-sequence token included.
         behaviour_logprobs_T: float32 [T], nats, under the sampling distribution (after temperature).
         versions_T: int64 [T], version codes stamped by the engine.
-        stop_reason: EOS or LENGTH.
+        stop_reason: EOS or LENGTH; INTERRUPTED for the beginning of an answer.
     """
 
     token_ids_T: NDArray[np.int32]
@@ -193,8 +194,8 @@ class Rollout:
         token_rewards: one for each sampled token; None likewise.
         shaped_by: what rows of algo.shaping added: ``reward`` less this is the score that the function gave.
         teacher: None where the run has no teacher, or it has not answered yet.
-        engine: name of the engine that sampled it.
-        seconds: wall seconds from its first request to its end.
+        engine: name of the engine that sampled it, or the end of it where it was moved.
+        seconds: wall seconds that it was played, from its first request to its end.
     """
 
     rollout_id: str
@@ -240,8 +241,7 @@ class DroppedRollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutGroup:
-    """The rollouts of one prompt. The baseline and the tokens are separate: the reward of a rollout that was dropped
-    after scoring stays in the baseline.
+    """The rollouts of one prompt. The reward of a rollout that was dropped after scoring stays in the baseline.
 
     Attributes:
         prompt: the question.

@@ -1,4 +1,4 @@
-"""What every engine must do, simulated or real: the one test that both pass."""
+"""What every engine must do, simulated or real: the tests that both pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlsys.errors import RequestRefused, WeightsRefused
-from rlsys.records import Turn, WeightVersion
+from rlsys.records import StopReason, Turn, WeightVersion
 from rlsys.rollout.clock import Clock
 from rlsys.rollout.engine import Engine, GenerateRequest
 
@@ -52,3 +52,20 @@ async def check_engine_contract(
     after = await engine.generate(request)
     assert set(after.versions_T) == {second.version.code}
     return turn
+
+
+async def check_interruption(engine: Engine, request: GenerateRequest, clock: Clock) -> None:
+    """Interrupt an engine that serves: it is of no more use afterwards. ``request`` must not end by itself."""
+    started = clock.now()
+    whole = await engine.generate(request)
+    seconds = clock.now() - started
+    in_flight = asyncio.create_task(engine.generate(request))
+    await clock.sleep(seconds / 3)
+    await engine.interrupt()
+    begun, late = await in_flight, await engine.generate(request)
+    num_begun = len(begun.token_ids_T)
+    assert 0 < num_begun < len(whole.token_ids_T) and len(late.token_ids_T) == 0
+    assert begun.stop_reason is late.stop_reason is StopReason.INTERRUPTED
+    assert begun.token_ids_T.tolist() == whole.token_ids_T[:num_begun].tolist()
+    assert begun.versions_T.tolist() == whole.versions_T[:num_begun].tolist()
+    np.testing.assert_allclose(begun.behaviour_logprobs_T, whole.behaviour_logprobs_T[:num_begun], atol=1e-4)

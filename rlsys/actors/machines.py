@@ -19,6 +19,7 @@ from rlsys.actors.rollout import RayFleet, Worker
 from rlsys.controller.parts import Survey
 from rlsys.errors import EngineLost, RlsysError
 from rlsys.observe.sink import RunSink
+from rlsys.weights.channel import SHM, TCP, SharedMemory, channel_name
 from rlsys.weights.tcp import Source
 
 
@@ -26,7 +27,8 @@ class RayMachines:
     """Starts engines where the cluster has room, and leads the weights to them.
 
     Args:
-        home: Ray's id of the learner's machine: engines there read its segments, those elsewhere a mirror's.
+        home: Ray's id of the learner's machine.
+        weight_channel: ``rollout.weight_channel``.
         bundle: resources of one engine.
         run: name of the run.
         new_engine: actor of an engine, by its name, at a place.
@@ -40,15 +42,16 @@ class RayMachines:
         sink: RunSink,
         *,
         home: str,
+        weight_channel: str,
         bundle: Bundle,
         run: str,
         new_engine: Callable[[str, Place], Any],
         new_mirror: Callable[[NodeAffinitySchedulingStrategy], Any],
     ) -> None:
         self._fleet, self._learner, self._sink = fleet, learner, sink
-        self._home, self._bundle, self._run = home, bundle, run
+        self._home, self._weight_channel, self._bundle, self._run = home, weight_channel, bundle, run
         self._new_engine, self._new_mirror = new_engine, new_mirror
-        self._mirroring = asyncio.Lock()
+        self._opening = asyncio.Lock()
         self._source: Source | None = None
 
     def engines(self) -> Mapping[str, str]:
@@ -62,7 +65,11 @@ class RayMachines:
         except RayError as error:
             raise RlsysError(f"the cluster does not answer: {first_sentence(error)}") from error
         return Survey(
-            room={names[node]: how_many(self._bundle, room) for node, room in rooms.items()},
+            room={
+                names[node]: how_many(self._bundle, room)
+                for node, room in rooms.items()
+                if self._weight_channel != SHM or node == self._home
+            },
             leaving=frozenset(engine for engine, node in self._fleet.nodes().items() if node not in rooms),
         )
 
@@ -85,23 +92,23 @@ class RayMachines:
 
     async def admit(self, engine: str, actor: Any, place: Place) -> None:
         """Make an engine known to the fleet that is up. The learner must be up, too. Raises EngineLost."""
-        mirror = None
-        if place.node != self._home:
-            mirror = await self._mirror_at(place.node)
-            self._sink.event(f"{engine}: on another machine than the learner; weights go there over TCP")
-        self._fleet.admit(engine, Worker(actor=actor, place=place, mirror=mirror))
+        is_home = place.node == self._home
+        async with self._opening:  # one channel for all engines of a machine
+            channel = self._fleet.channel_at(place.node)
+            if channel is None:
+                by_tcp = channel_name(self._weight_channel, is_home=is_home) == TCP
+                channel = await self._mirror_at(place.node) if by_tcp else SharedMemory()
+        if isinstance(channel, NodeMirror):
+            where = "on the learner's machine" if is_home else "on another machine than the learner"
+            self._sink.event(f"{engine}: {where}; weights go there over TCP")
+        self._fleet.admit(engine, Worker(actor=actor, place=place, channel=channel))
 
     async def _mirror_at(self, node: str) -> NodeMirror:
-        """One for all engines of a machine."""
-        async with self._mirroring:
-            mirror = self._fleet.mirror_at(node)
-            if mirror is None:
-                self._source = self._source or await self._learner.serve_segments()
-                name = f"weight mirror on {node[:8]}"
-                actor = self._new_mirror(NodeAffinitySchedulingStrategy(node_id=node, soft=False))
-                paths = await answer(actor.segments.remote(self._run), name, EngineLost)
-                mirror = NodeMirror(name, actor, paths, self._source)
-            return mirror
+        self._source = self._source or await self._learner.serve_segments()
+        name = f"weight mirror on {node[:8]}"
+        actor = self._new_mirror(NodeAffinitySchedulingStrategy(node_id=node, soft=False))
+        paths = await answer(actor.segments.remote(self._run), name, EngineLost)
+        return NodeMirror(name, actor, paths, self._source)
 
 
 def _names() -> dict[str, str]:

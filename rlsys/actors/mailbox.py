@@ -9,11 +9,11 @@ from typing import Any
 
 from rlsys.actors.remote import answer
 from rlsys.errors import EngineLost, RlsysError
-from rlsys.records import DroppedRollout, Prompt, Rollout
-from rlsys.rollout.play import Member, Player, PlaySpec
+from rlsys.records import Prompt
+from rlsys.rollout.play import Member, Played, Player, PlaySpec
 
 Order = tuple[int, Prompt, Member, PlaySpec]  # the number is the mailbox's own
-Ended = tuple[int, Rollout | DroppedRollout]
+Ended = tuple[int, Played]
 
 
 class Mailbox:
@@ -29,10 +29,10 @@ class Mailbox:
         self._next_number = 0
         self._outgoing: list[Order] = []
         self._cancelled: list[int] = []
-        self._waiting: dict[int, asyncio.Future[Rollout | DroppedRollout]] = {}
+        self._waiting: dict[int, asyncio.Future[Played]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def play(self, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
+    async def play(self, prompt: Prompt, member: Member, spec: PlaySpec) -> Played:
         """Raises EngineLost. Where it is cancelled the worker stops playing."""
         number, self._next_number = self._next_number, self._next_number + 1
         ended = self._waiting[number] = asyncio.get_running_loop().create_future()
@@ -47,6 +47,12 @@ class Mailbox:
             raise
         finally:
             self._waiting.pop(number, None)
+
+    async def emptied(self) -> None:
+        """Wait until nobody waits for a rollout any more."""
+        while self._waiting:
+            await asyncio.wait(self._waiting.values())
+            await asyncio.sleep(0)  # they leave ``_waiting`` themselves
 
     def close(self) -> None:
         """Ask the worker nothing any more; whoever still waits gets EngineLost."""

@@ -37,7 +37,7 @@ class MirrorActor:
 
 
 class NodeMirror:
-    """One machine's copies, as the fleet sees them.
+    """One machine's copies, as the fleet sees them: the channel ``tcp``.
 
     Args:
         name: appears in errors.

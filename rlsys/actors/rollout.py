@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +11,15 @@ import ray
 
 from rlsys.actors.cluster import Place
 from rlsys.actors.mailbox import Ended, Mailbox, Order, Tray
-from rlsys.actors.mirror import NodeMirror
 from rlsys.actors.remote import answer
 from rlsys.envs.single_turn import SingleTurn
 from rlsys.errors import EngineLost
-from rlsys.records import DroppedRollout, LoadReport, Prompt, Rollout, WeightVersion
+from rlsys.records import LoadReport, Prompt, WeightVersion
 from rlsys.rollout.engine import Engine
-from rlsys.rollout.play import Member, Player, PlaySpec
+from rlsys.rollout.play import Member, Played, Player, PlaySpec
 from rlsys.rollout.router import EngineReport
 from rlsys.rollout.vllm_settings import VllmSettings
+from rlsys.weights.channel import Channel
 
 
 class RolloutActor:
@@ -63,6 +62,9 @@ class RolloutActor:
     async def load(self, weights: WeightVersion) -> LoadReport:
         return await self._engine.load_weights(weights)
 
+    async def interrupt(self) -> None:
+        await self._engine.interrupt()
+
     async def stop(self) -> None:
         await self._engine.stop()
 
@@ -73,12 +75,12 @@ class Worker:
 
     Attributes:
         place: what Ray holds for it.
-        mirror: on its machine, where that is not the learner's.
+        channel: by which weights come to its machine.
     """
 
     actor: Any
     place: Place
-    mirror: NodeMirror | None
+    channel: Channel
 
 
 class RayFleet:
@@ -95,35 +97,39 @@ class RayFleet:
         """Every engine, with Ray's id of its machine."""
         return {name: worker.place.node for name, worker in self._workers.items()}
 
-    def mirror_at(self, node: str) -> NodeMirror | None:
-        """The mirror that engines on a machine load from; None where there is none, or none of any use."""
-        mirrors = (worker.mirror for worker in self._workers.values() if worker.place.node == node)
-        return next((mirror for mirror in mirrors if mirror is not None and not mirror.is_lost), None)
+    def channel_at(self, node: str) -> Channel | None:
+        """By which weights come to a machine; None where there is none, or none of any use."""
+        channels = (worker.channel for worker in self._workers.values() if worker.place.node == node)
+        return next((channel for channel in channels if not channel.is_lost), None)
 
     def admit(self, name: str, worker: Worker) -> None:
         """An engine that is up."""
         self._workers[name] = worker
         self._mailboxes[name] = Mailbox(worker.actor, name)
 
-    async def play(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
+    async def play(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Played:
         self._worker(engine)
         return await self._mailboxes[engine].play(prompt, member, spec)
+
+    async def interrupt(self, engine: str) -> None:
+        await answer(self._worker(engine).actor.interrupt.remote(), engine, EngineLost)
+        await self._mailboxes[engine].emptied()
 
     async def report(self, engine: str) -> EngineReport:
         return await answer(self._worker(engine).actor.report.remote(), engine, EngineLost)
 
     async def load(self, engine: str, weights: WeightVersion) -> LoadReport:
         worker = self._worker(engine)
-        async with worker.mirror.holding(weights) if worker.mirror else nullcontext(weights) as there:
+        async with worker.channel.holding(weights) as there:
             return await answer(worker.actor.load.remote(there), engine, EngineLost)
 
     async def remove(self, engine: str) -> None:
-        """Its resources are free again; a mirror goes with the last engine that loads from it."""
+        """Its resources are free again; a channel goes with the last engine that loads by it."""
         self._mailboxes.pop(engine).close()
         worker = self._workers.pop(engine)
         ray.kill(worker.actor)
-        if worker.mirror is not None and all(other.mirror is not worker.mirror for other in self._workers.values()):
-            worker.mirror.close()
+        if all(other.channel is not worker.channel for other in self._workers.values()):
+            worker.channel.close()
         await asyncio.to_thread(worker.place.free)
 
     async def stop(self) -> None:

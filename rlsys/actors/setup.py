@@ -43,6 +43,7 @@ from rlsys.rollout.play import PlaySpec
 from rlsys.rollout.teacher import GRACE_S as TEACHER_GRACE_S
 from rlsys.rollout.teacher import TaughtScorer, TeacherSettings, teacher_environment
 from rlsys.rollout.vllm_settings import VllmSettings, engine_environment, num_workers
+from rlsys.weights.channel import check_reach
 from rlsys.weights.pool import SegmentPool
 
 SPARE_CALLS = 16  # of a rollout actor, beside its rollouts
@@ -72,6 +73,8 @@ async def build_run(
     """
     version = start.state.version
     engine_places, other_places = await reserve(config)
+    num_elsewhere = sum(place.node != other_places[0].node for place in engine_places)
+    check_reach(config.rollout.weight_channel, num_elsewhere)
     fleet = RayFleet()
     train = config.train
     learner = RayLearner(
@@ -147,6 +150,7 @@ def _machines(
         learner,
         sink,
         home=home,
+        weight_channel=config.rollout.weight_channel,
         bundle=engine_bundle(config),
         run=config.run.name,
         new_engine=new_engine,

@@ -52,6 +52,9 @@ class FixedLengths:
     async def load_weights(self, weights: WeightVersion) -> LoadReport:
         return await self._engine.load_weights(weights)
 
+    async def interrupt(self) -> None:
+        await self._engine.interrupt()
+
     @property
     def version(self) -> Version | None:
         return self._engine.version

@@ -1,9 +1,10 @@
 """``rlsys bench weight-sync``: what it costs to carry weights from the learner's memory into serving engines.
 
 Transport alone, on one thread, the fastest of a few: what the learner exports into a warm segment with its checksums
-(float32, or cast to bfloat16), what an engine's driver verifies, and a copy out of it, each reader mapping the segment
-anew as engines do; over TCP, the mirror's copy comes to it. Beside it one warm copy of the same tensors from memory to
-memory in the same run. Then real engines that serve requests while versions come (``weight_sync_engines``).
+(float32, or cast to bfloat16), what an engine's driver verifies, and a copy out of it, by readers that are kept from
+one version to the next as engines keep them; over TCP, the mirror's copy comes to it. Beside it one warm copy of the
+same tensors from memory to memory in the same run. Then real engines that serve requests while versions come
+(``weight_sync_engines``).
 Random weights in the shapes of the embedded model and of SmolLM2-135M.
 """
 
@@ -26,7 +27,8 @@ from rlsys.models.tiny.model import make_random_model, make_tokenizer
 from rlsys.records import Probe, TensorEntry, Version, WeightVersion
 from rlsys.rollout.vllm_settings import engine_environment
 from rlsys.train.export import full_weights
-from rlsys.weights.segment import SegmentReader, SegmentWriter, remove_segments, segment_path
+from rlsys.weights.readers import SegmentReaders
+from rlsys.weights.segment import SegmentWriter, remove_segments, segment_path
 from rlsys.weights.tcp import SegmentServer, mirror
 
 RUN = "bench-weight-sync"
@@ -86,14 +88,15 @@ def _segment_seconds(
         return writer.finish()
 
     entries = export()
+    driver, worker = SegmentReaders(), SegmentReaders()  # processes of their own, as it were
 
     def copy_out() -> None:
-        for name, tensor in SegmentReader(str(path), entries).tensors():
+        for name, tensor in worker.open(str(path), entries).tensors():
             targets[name].copy_(tensor)
 
     return {
         "export_s": fastest_s(export, repeats),
-        "verify_s": fastest_s(lambda: SegmentReader(str(path), entries).verify(), repeats),
+        "verify_s": fastest_s(lambda: driver.open(str(path), entries).verify(), repeats),
         "copy_out_s": fastest_s(copy_out, repeats),
     }
 
@@ -183,6 +186,6 @@ def _table(figures: Mapping[str, float]) -> str:
             f"{size}: loading and packing {cpu:.2f} CPU s; an engine holds {rest:,.0f} MB, at most {peak:,.0f}"
         )
     lines.append(
-        f"wanted of m135: at most {MAX_TRANSPORT:g} x memcpy by shm, under {MAX_PAUSED:.0%} paused at an update in 10 s"
+        f"wanted: at most {MAX_TRANSPORT:g} x memcpy by shm; of m135 under {MAX_PAUSED:.0%} paused at an update in 10 s"
     )
     return "\n".join(lines)

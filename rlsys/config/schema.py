@@ -165,6 +165,10 @@ class RolloutSection(Section):
     tokens then match neither policy), drain lets them end first, while new ones wait."""
     update_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the replicas, at least one, that take over new weights at a time; the others generate on."""
+    weight_channel: Literal["auto", "shm", "tcp", "nccl", "ipc", "sharded_rdt"] = "auto"
+    """How new weights come to the engines: shm, memory shared with the learner; tcp, a copy on their machine; auto is
+    shm on the learner's machine and tcp elsewhere. vLLM's own nccl, ipc and sharded_rdt are refused: in them the
+    learner waits for the engines."""
     age_policy: Literal["drop", "mask", "pace"] = "drop"
     """What happens to tokens older than eta. drop: the whole rollout leaves, and is stopped as soon as that is certain;
     mask: they carry no weight; pace: they are trained, and counted as staleness/violations."""

@@ -2,7 +2,7 @@
 
 One mechanism for all of it: a number of engines is wanted (or as many as there is room for), and again and again it is
 compared with what stands. So a lost engine is replaced, a machine that joins gets engines, and one that leaves takes
-its engines along; their rollouts are played again elsewhere, inside their groups.
+its engines along; what they play goes on elsewhere, inside its groups, or is played again where nothing is left of it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rlsys.errors import EngineLost, FleetLost, RlsysError, WaitTimeout
 
 LOOK_PERIOD_S = 2.0
 LOOK_TIMEOUT_S = 20.0
+MOVE_TIMEOUT_S = 20.0  # for an engine that has to go to hand out what it plays
 STEADY_S = 300.0  # an engine that is lost sooner than this after it came failed
 MAX_FAILURES = 3  # in a row on one machine, before it is given up
 ALONE_S = 60.0  # without an engine and room for one, before the run ends; what an engine held is not free at once
@@ -90,7 +91,8 @@ class Crew:
                 await self._clock.sleep(LOOK_PERIOD_S)
                 survey = await self._look()
                 for name in sorted(survey.leaving):
-                    await self.lose(name, "its machine leaves")
+                    if self._retire(name, "its machine leaves"):
+                        tasks.create_task(self._clear(name))
                 for machine in self._next_places(survey.room):
                     name = f"rollout-{self._num_named}"
                     self._num_named += 1
@@ -99,13 +101,29 @@ class Crew:
                 self._check_any_can_come()
 
     async def lose(self, engine: str, reason: str) -> None:
-        """Take an engine out of service."""
+        """Take an engine out of service; what it plays is lost with it."""
+        if self._retire(engine, reason):
+            await self._remove(engine)
+
+    def _retire(self, engine: str, reason: str) -> bool:
+        """Hand out none of its slots any more. False where it was out of service already."""
         if engine not in self._roster.names:
-            return
+            return False
         self._sink.event(f"{engine} is out of service: {reason}")
         self._num_lost += 1
         self._roster.remove(engine)
         self._leave(engine, reason)
+        return True
+
+    async def _clear(self, engine: str) -> None:
+        """Let what a retired engine plays go on elsewhere, then remove it."""
+        try:
+            await within(MOVE_TIMEOUT_S, f"{engine} to let go what it plays", self._fleet.interrupt(engine))
+        except RlsysError as error:  # it is gone already, or hangs: what it played is lost with it
+            self._sink.event(f"{engine}: {error}")
+        await self._remove(engine)
+
+    async def _remove(self, engine: str) -> None:
         try:
             await within(self._plan.play_timeout_s, f"{engine} to stop", self._fleet.remove(engine))
         except RlsysError as error:  # it is out of service already; that it would not stop is only worth a line

@@ -14,7 +14,7 @@ from rlsys.controller.parts import Fleet
 from rlsys.controller.roster import Place, Roster
 from rlsys.errors import EngineLost, LawBroken, WaitTimeout
 from rlsys.records import DropCause, DroppedRollout, Prompt, Rollout, RolloutGroup
-from rlsys.rollout.play import Member, PlaySpec
+from rlsys.rollout.play import Member, PartialRollout, Played, PlaySpec
 
 CHARS_PER_TOKEN = 4.0  # of a prompt, until the first one has been played
 
@@ -32,6 +32,7 @@ class Gatherer:
 
     Attributes:
         num_retried: rollouts that were played again because their engine was lost.
+        num_moved: rollouts that went on on another engine because theirs let them go.
         tokens_ended: sampled tokens of all rollouts for the training that have ended.
     """
 
@@ -49,9 +50,10 @@ class Gatherer:
         self._lose, self._sampled, self._timeout_s = lose, sampled, timeout_s
         self._max_retries = max_retries
         self._num_chars, self._num_tokens = CHARS_PER_TOKEN, 1.0  # of the prompts played so far
-        self._under_way: dict[str, tuple[int, asyncio.Task[Rollout | DroppedRollout]]] = {}
+        self._under_way: dict[str, tuple[int, asyncio.Task[Played]]] = {}
         self._stopped: set[str] = set()
-        self.num_retried = 0
+        self._oldest_step = 0  # of the versions that may begin what is trained
+        self.num_retried = self.num_moved = 0
         self.tokens_ended = 0
         self._ended = asyncio.Event()
 
@@ -104,6 +106,7 @@ class Gatherer:
         """Stop what is under way for the training on an engine that served an older version than ``step`` when it
         began: it comes back as dropped, and its slot is free. (A swap may have come before its first token: then a
         rollout is stopped that was as old as allowed.)"""
+        self._oldest_step = max(self._oldest_step, step)
         for rollout_id, (began, playing) in self._under_way.items():
             if began < step:
                 self._stopped.add(rollout_id)
@@ -123,8 +126,6 @@ class Gatherer:
         move(rollout_id, Stage.PARKED)
         async with room:
             ended = await self._play_member(prompt, member, spec, place, move, ages)
-        if ended.rollout_id != rollout_id:
-            raise LawBroken(f"{rollout_id} was to be played and {ended.rollout_id} came back")
         if isinstance(ended, Rollout):
             self._sampled(ended)
             self.tokens_ended += ended.num_sampled_tokens if ages else 0
@@ -135,31 +136,55 @@ class Gatherer:
     async def _play_member(
         self, prompt: Prompt, member: Member, spec: PlaySpec, place: Place, move: Move, ages: bool
     ) -> Rollout | DroppedRollout:
-        """One rollout; where its engine is lost it is played again on another one, ``max_retries`` times at most."""
+        """One rollout; where its engine is lost it is played again on another one, ``max_retries`` times at most. Where
+        its engine lets it go another one goes on with it."""
         rollout_id = member.rollout_id(prompt.group_id)
         while True:
             engine = await self._roster.acquire(place)
             move(rollout_id, Stage.RUNNING)
+            if ages and _is_older(member.begun, self._oldest_step):  # grew too old while it waited
+                member = self._again(member)
             try:
                 playing = self._play_on(engine, prompt, member, spec)
-                return await self._or_stopped(playing, rollout_id, self._roster.step_of(engine) if ages else None)
+                ended = await self._or_stopped(playing, rollout_id, self._began(engine, member) if ages else None)
+                if not isinstance(ended, PartialRollout):
+                    return ended
+                member = self._to_be_moved(member, ended)
             except (EngineLost, WaitTimeout) as error:
                 await self._lose(engine, str(error))
-                if member.retry == self._max_retries:
+                if member.retry >= self._max_retries:
                     return DroppedRollout(rollout_id=rollout_id, cause=DropCause.ENGINE_LOST, detail=str(error))
+                member = self._again(member, member.begun)
             finally:
                 self._roster.release(engine)
-            self.num_retried += 1
-            member = replace(member, retry=member.retry + 1)
             move(rollout_id, Stage.PARKED)
 
-    async def _play_on(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
-        who = f"{engine} to play {member.rollout_id(prompt.group_id)}"
-        return await within(self._timeout_s, who, self._fleet.play(engine, prompt, member, spec))
+    def _again(self, member: Member, begun: PartialRollout | None = None) -> Member:
+        """The next try, from ``begun`` on."""
+        self.num_retried += 1
+        return replace(member, retry=member.retry + 1, begun=begun)
 
-    async def _or_stopped(
-        self, playing: Coroutine[Any, Any, Rollout | DroppedRollout], rollout_id: str, began: int | None
-    ) -> Rollout | DroppedRollout:
+    def _to_be_moved(self, member: Member, partial: PartialRollout) -> Member:
+        """Who goes on with what there is; or begins anew where it cannot go on."""
+        if partial.turn is None:
+            return self._again(member)
+        self.num_moved += 1
+        return replace(member, begun=partial)
+
+    def _began(self, engine: str, member: Member) -> int | None:
+        """Step of the oldest version that has a part in it."""
+        steps = [self._roster.step_of(engine), member.begun.oldest_step if member.begun is not None else None]
+        return min((step for step in steps if step is not None), default=None)
+
+    async def _play_on(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Played:
+        rollout_id = member.rollout_id(prompt.group_id)
+        playing = self._fleet.play(engine, prompt, member, spec)
+        ended = await within(self._timeout_s, f"{engine} to play {rollout_id}", playing)
+        if ended.rollout_id != rollout_id:
+            raise LawBroken(f"{rollout_id} was to be played and {ended.rollout_id} came back")
+        return ended
+
+    async def _or_stopped(self, playing: Coroutine[Any, Any, Played], rollout_id: str, began: int | None) -> Played:
         """Its end, or what is left of it once it was stopped. ``began``: step of the version that begins it; None where
         it cannot be stopped."""
         if began is None:
@@ -176,6 +201,12 @@ class Gatherer:
         finally:
             del self._under_way[rollout_id]
             self._stopped.discard(rollout_id)
+
+
+def _is_older(begun: PartialRollout | None, step: int) -> bool:
+    """Whether a version before ``step`` has a part in it."""
+    oldest = begun.oldest_step if begun is not None else None
+    return oldest is not None and oldest < step
 
 
 def _num_chars(prompt: Prompt) -> int:

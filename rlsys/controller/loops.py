@@ -374,6 +374,7 @@ class Loops:
             **self.totals.run_balance(self.parts.clock.now(), self.roster.seconds(), **self._cores()),
             "rollouts_submitted": self.ledger.submitted,
             "rollouts_retried": self.gatherer.num_retried,
+            "rollouts_moved": self.gatherer.num_moved,
             **self.sync.counts(),
             **self.crew.counts(),
             **drop_metrics(self.ledger.dropped),

@@ -11,17 +11,15 @@ from rlsys.buffer.replay import BufferCounts, Take
 from rlsys.controller.state import RunState
 from rlsys.prompts.source import SourceCounts
 from rlsys.records import (
-    DroppedRollout,
     LoadReport,
     Prompt,
-    Rollout,
     RolloutGroup,
     StepReport,
     Version,
     WeightVersion,
 )
 from rlsys.rollout.clock import Clock
-from rlsys.rollout.play import Member, PlaySpec
+from rlsys.rollout.play import Member, Played, PlaySpec
 from rlsys.rollout.router import EngineReport
 from rlsys.weights.pool import SegmentPool
 
@@ -31,9 +29,13 @@ class Fleet(Protocol):
 
     def names(self) -> Sequence[str]: ...
 
-    async def play(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
-        """One rollout, all its turns on this engine. Raises EngineLost; one that is refused comes back as dropped. The
-        engine stops playing it where the call is cancelled."""
+    async def play(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Played:
+        """One rollout, all its turns on this engine. Raises EngineLost; one that is refused comes back as dropped, one
+        that is let go as partial. The engine stops playing it where the call is cancelled."""
+        ...
+
+    async def interrupt(self, engine: str) -> None:
+        """Let go what the engine plays, and wait until all of it has come back. Raises EngineLost."""
         ...
 
     async def report(self, engine: str) -> EngineReport:

@@ -31,6 +31,7 @@ from rlsys.rollout.play import opening_tokens
 from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS
 from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.lora import check_lora
+from rlsys.weights.channel import check_channel
 
 COMPARING_REWARDS = (EXACT_MATCH, "rlsys.reward.builtin:final_number", "rlsys.reward.math_answer:math_verify_score")
 
@@ -43,6 +44,7 @@ def check_references(config: Config) -> Found:
     """
     check_engine_arguments("rollout.vllm", config.rollout.vllm, OWNED_ARGUMENTS)
     check_engine_workers(config.rollout)
+    check_channel(config.rollout.weight_channel, gpus_per_replica=config.rollout.gpus_per_replica)
     check_deepspeed_options(config)
     if config.train.lora is not None:
         check_lora(config.train.lora)

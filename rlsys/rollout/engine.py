@@ -1,5 +1,5 @@
-"""What an inference engine is to rlsys: five methods. ``vllm_engine.py`` is the real one, ``sim_engine.py`` the
-simulated one; both pass the same contract test."""
+"""What an inference engine is to rlsys: five methods and a property. ``vllm_engine.py`` is the real one,
+``sim_engine.py`` the simulated one; both pass the same contract test."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Engine(Protocol):
       are held back, and if the proof fails they are lost (``EngineLost``).
     * ``load_weights`` goes at a token boundary; requests in flight go on under the new weights (KV computed again).
     * every token is stamped with the version that sampled it.
+    * after ``interrupt`` it samples nothing more, and answers with what it has.
     """
 
     async def start(self) -> None:
@@ -53,6 +54,11 @@ class Engine(Protocol):
     @property
     def version(self) -> Version | None:
         """The proven version that is served; None before the first ``load_weights``."""
+        ...
+
+    async def interrupt(self) -> None:
+        """Let every request go, those that come later too: their ``generate`` returns what was sampled until now, with
+        ``StopReason.INTERRUPTED`` where that is not the end. Raises EngineLost."""
         ...
 
     async def stop(self) -> None: ...

@@ -1,4 +1,5 @@
-"""One rollout: a prompt played through an environment, on one engine from its first turn to its last.
+"""One rollout: a prompt played through an environment, on one engine from its first turn to its last. Where the engine
+lets it go in its first answer, another one goes on after the tokens that are there.
 
 A group is the same prompt played ``group_size`` times; and once more greedily, where the reward of the greedy answer is
 to be the baseline. The controller puts it together (``controller/gather.py``).
@@ -30,6 +31,7 @@ from rlsys.records import (
     Rollout,
     StopReason,
     Turn,
+    steps_of,
 )
 from rlsys.rollout.clock import Clock
 from rlsys.rollout.engine import Engine, GenerateRequest
@@ -70,12 +72,38 @@ class PlaySpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PartialRollout:
+    """What there was of a rollout when its engine let it go.
+
+    Attributes:
+        turn: its answer so far, perhaps without a token yet. None: it cannot go on, since its environment had taken a
+            step, and stays behind with what it knows.
+        seconds: wall seconds that it was played so far.
+    """
+
+    rollout_id: str
+    turn: Turn | None
+    seconds: float
+
+    @property
+    def oldest_step(self) -> int | None:
+        """Of the versions that sampled it; None where nothing was sampled."""
+        if self.turn is None or not self.turn.versions_T.size:
+            return None
+        return int(steps_of(self.turn.versions_T).min())
+
+
+Played = Rollout | DroppedRollout | PartialRollout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
     """Which rollout of a group.
 
     Attributes:
         name: its index, or ``GREEDY``.
         retry: how often it was lost with its engine before.
+        begun: what an engine that let it go had of it; None: it begins.
 
     Example:
         >>> Member(name="2").rollout_id("sums:0:3#0")
@@ -84,6 +112,7 @@ class Member:
 
     name: str
     retry: int = 0
+    begun: PartialRollout | None = None
 
     def rollout_id(self, group_id: str) -> str:
         return f"{group_id}/{self.name}"
@@ -110,48 +139,63 @@ class Player:
         self._make_env, self._tokenizer, self._clock = make_env, tokenizer, clock
         self._openings: dict[str, tuple[Sequence[Message] | str, list[int]]] = {}
 
-    async def play_rollout(self, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
-        """A rollout whose request the engine refused, or that holds no sampled token, comes back as dropped.
+    async def play_rollout(self, prompt: Prompt, member: Member, spec: PlaySpec) -> Played:
+        """What the engine lets go comes back as partial. A rollout whose request the engine refused, or that holds no
+        sampled token, comes back as dropped.
 
         Raises:
             EngineLost: the engine is gone, and the rollout with it.
         """
         rollout_id = member.rollout_id(prompt.group_id)
         rows = _Rows(rollout_id=rollout_id, seed=member.seed(spec.seed, prompt.group_id))
-        started = self._clock.now()
+        started = self._clock.now() - (member.begun.seconds if member.begun is not None else 0.0)
         try:
-            await self._converse(prompt, rows, spec, 0.0 if member.name == GREEDY else spec.temperature)
+            interrupted = await self._converse(prompt, rows, spec, member)
         except RequestRefused as error:
             return DroppedRollout(rollout_id=rollout_id, cause=DropCause.ENGINE_REFUSED, detail=str(error))
+        if interrupted is not None:
+            turn = interrupted if rows.num_turns == 0 else None
+            return PartialRollout(rollout_id=rollout_id, turn=turn, seconds=self._clock.now() - started)
         if not any(rows.loss_mask):
             return DroppedRollout(rollout_id=rollout_id, cause=DropCause.EMPTY)
         return rows.rollout(self._engine_name, self._clock.now() - started)
 
-    async def _converse(self, prompt: Prompt, rows: _Rows, spec: PlaySpec, temperature: float) -> None:
-        """Fill ``rows`` turn by turn until the environment, or a turn that was cut at its token limit, ends it."""
+    async def _converse(self, prompt: Prompt, rows: _Rows, spec: PlaySpec, member: Member) -> Turn | None:
+        """Fill ``rows`` turn by turn until the environment, or a turn that was cut at its token limit, ends it. Returns
+        the turn that the engine let go, where it did."""
+        begun = member.begun.turn if member.begun is not None else None
         env = self._make_env()
         rows.add_context(self._opening_tokens(prompt.group_id, env.reset(prompt)))
         rows.num_prompt_tokens = len(rows.token_ids)
         while True:
-            turn = await self._engine.generate(
-                GenerateRequest(
-                    request_id=f"{rows.rollout_id}:{rows.num_turns}",
-                    token_ids=list(rows.token_ids),
-                    max_tokens=spec.max_tokens,
-                    temperature=temperature,
-                    seed=(rows.seed + rows.num_turns) % (1 << 63),
-                )
-            )
+            turn = await self._answer(rows, begun, spec, 0.0 if member.name == GREEDY else spec.temperature)
+            if turn.stop_reason is StopReason.INTERRUPTED:
+                return turn
+            begun = None
             rows.add_turn(turn)
             rows.completion = self._tokenizer.decode(turn.token_ids_T.tolist(), skip_special_tokens=True)
             messages = await env.step(rows.completion)
             if turn.stop_reason is StopReason.LENGTH:  # an answer without an end cannot be followed by another message
-                return
+                return None
             if messages is None:
                 if rows.num_turns > 1:
                     rows.stop_reason = StopReason.ENV
-                return
+                return None
             rows.add_context(following_tokens(self._tokenizer, messages, last_token=rows.token_ids[-1]))
+
+    async def _answer(self, rows: _Rows, begun: Turn | None, spec: PlaySpec, temperature: float) -> Turn:
+        """One answer, from its first token or after those of ``begun``; all of it is returned."""
+        said = [] if begun is None else begun.token_ids_T.tolist()
+        turn = await self._engine.generate(
+            GenerateRequest(
+                request_id=f"{rows.rollout_id}:{rows.num_turns}",
+                token_ids=rows.token_ids + said,
+                max_tokens=spec.max_tokens - len(said),
+                temperature=temperature,
+                seed=rows.request_seed(len(said)),
+            )
+        )
+        return turn if begun is None else _joined(begun, turn)
 
     def _opening_tokens(self, group_id: str, opening: Sequence[Message] | str) -> list[int]:
         """Rendered once for all members of a group that begin alike."""
@@ -162,6 +206,16 @@ class Player:
             if len(self._openings) > OPENINGS_KEPT:
                 del self._openings[next(iter(self._openings))]
         return kept[1]
+
+
+def _joined(begun: Turn, rest: Turn) -> Turn:
+    """The beginning of an answer and what another engine sampled after it, as one."""
+    return Turn(
+        token_ids_T=np.concatenate([begun.token_ids_T, rest.token_ids_T]),
+        behaviour_logprobs_T=np.concatenate([begun.behaviour_logprobs_T, rest.behaviour_logprobs_T]),
+        versions_T=np.concatenate([begun.versions_T, rest.versions_T]),
+        stop_reason=rest.stop_reason,
+    )
 
 
 def greedy_id(group_id: str) -> str:
@@ -228,6 +282,11 @@ class _Rows:
     num_turns: int = 0
     completion: str = ""
     stop_reason: StopReason = StopReason.EOS
+
+    def request_seed(self, num_said: int) -> int:
+        """Of the sampler in this turn, after so many tokens of it: from its middle on no random number comes again."""
+        seed = rollout_seed(self.seed, f"after {num_said}") if num_said else self.seed
+        return (seed + self.num_turns) % (1 << 63)
 
     def add_context(self, token_ids: list[int]) -> None:
         self.token_ids += token_ids

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,7 @@ class SimEngine:
         self._served_s = 0.0
         self._served_until = clock.now()
         self._running, self._proven, self._lost = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._interrupted = asyncio.Event()
         self._running.set()
         self._proven.set()
         self._loss = ""
@@ -82,7 +84,9 @@ class SimEngine:
         is_cut = len(token_ids) > request.max_tokens
         token_ids = token_ids[: request.max_tokens]
         started_s = self._served_now()
-        await self._serve_until(started_s + len(token_ids) / self._tokens_per_s)
+        served_s = await self._serve_until(started_s + len(token_ids) / self._tokens_per_s) - started_s
+        num_served = math.floor((served_s + 2 * _INSTANT_S) * self._tokens_per_s)
+        is_whole, token_ids = num_served >= len(token_ids), token_ids[:num_served]
         if not self._proven.is_set():
             await self._unless_lost(self._proven.wait())
         self._check_alive()
@@ -90,8 +94,12 @@ class SimEngine:
             token_ids_T=np.asarray(token_ids, dtype=np.int32),
             behaviour_logprobs_T=np.full(len(token_ids), -1.0, dtype=np.float32),
             versions_T=self._versions(started_s, len(token_ids)),
-            stop_reason=StopReason.LENGTH if is_cut else StopReason.EOS,
+            stop_reason=(StopReason.LENGTH if is_cut else StopReason.EOS) if is_whole else StopReason.INTERRUPTED,
         )
+
+    async def interrupt(self) -> None:
+        self._check_alive()
+        self._interrupted.set()
 
     async def load_weights(self, weights: WeightVersion) -> LoadReport:
         async with self._loading:
@@ -154,18 +162,21 @@ class SimEngine:
         self._served_until = now
         return self._served_s
 
-    async def _serve_until(self, end_s: float) -> None:
-        while True:
+    async def _serve_until(self, end_s: float) -> float:
+        """Returns the served time when it ended: at ``end_s``, or when the engine was interrupted."""
+        while not self._interrupted.is_set():
             if not self._running.is_set():
-                await self._unless_lost(self._running.wait())
+                await self._unless_lost(self._running.wait(), self._interrupted.wait())
+                continue
             missing_s = end_s - self._served_now()
             if missing_s <= _INSTANT_S:
-                return
-            await self._unless_lost(self._clock.sleep(missing_s))
+                break
+            await self._unless_lost(self._clock.sleep(missing_s), self._interrupted.wait())
+        return self._served_now()
 
-    async def _unless_lost(self, waited: object) -> None:
-        """Await; raises EngineLost as soon as the engine is lost."""
-        tasks = {asyncio.ensure_future(waited), asyncio.ensure_future(self._lost.wait())}  # type: ignore[call-overload]
+    async def _unless_lost(self, *waited: Coroutine[Any, Any, Any]) -> None:
+        """Await any of them; raises EngineLost as soon as the engine is lost."""
+        tasks = {asyncio.ensure_future(one) for one in (*waited, self._lost.wait())}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -30,13 +30,19 @@ from rlsys.rollout.engine import GenerateRequest
 from rlsys.rollout.vllm_process import VllmProcess, check_arguments, final_output
 from rlsys.rollout.vllm_settings import VllmSettings
 from rlsys.weights.probe import TOLERANCE, check_probe
-from rlsys.weights.segment import SegmentReader
+from rlsys.weights.readers import SegmentReaders
 from rlsys.weights.vllm_adapter import ADAPTER_REQUEST
 from rlsys.weights.vllm_plugin import BACKEND, init_info, update_info
 
 PREPARATION_POLL_S = 0.02  # between two looks whether the workers are ready
 PROBE_PRIORITY = -1  # smaller goes first; rollouts have 0
 _STOP_REASONS = {"stop": StopReason.EOS, "length": StopReason.LENGTH}
+_NOTHING = Turn(
+    token_ids_T=np.zeros(0, dtype=np.int32),
+    behaviour_logprobs_T=np.zeros(0, dtype=np.float32),
+    versions_T=np.zeros(0, dtype=np.int64),
+    stop_reason=StopReason.INTERRUPTED,
+)
 
 
 class VllmEngine:
@@ -55,6 +61,8 @@ class VllmEngine:
         self._name, self._settings = name, settings
         self._version: Version | None = None
         self._loading = asyncio.Lock()
+        self._readers = SegmentReaders()
+        self._is_interrupted = False
         self._proven = asyncio.Event()  # clear while a version is loaded but not proven
         self._proven.set()
         self._adapter = None if settings.adapter is None else ADAPTER_REQUEST
@@ -78,6 +86,8 @@ class VllmEngine:
         self._process.alive()
         if self._version is None:
             raise RequestRefused(f"engine {self._name} serves no proven version yet")
+        if self._is_interrupted:
+            return _NOTHING
         async with self._deadline(f"request {request.request_id}"):
             output = await self._process.answer(request.token_ids, _sampling(request), request.request_id)
             await self._proven.wait()
@@ -94,7 +104,7 @@ class VllmEngine:
             try:
                 async with self._deadline(f"weights {weights.version}"):
                     # before the pause, and off the event loop: generation goes on while the bytes are read
-                    await asyncio.to_thread(_verify, weights)
+                    await asyncio.to_thread(self._verify, weights)
                     await self._prepare(llm, weights)
                     is_whole = False
                     paused = await self._pause(llm)
@@ -114,9 +124,18 @@ class VllmEngine:
                 probe_difference=difference,
             )
 
+    async def interrupt(self) -> None:
+        """Raises EngineLost. What was sampled under weights without proof yet is held back here too."""
+        self._is_interrupted = True
+        async with self._deadline("requests to be let go"):
+            await self._process.let_go()
+
     async def stop(self) -> None:
         """Shut the engine's processes down. Whatever is still in flight raises EngineLost."""
         await self._process.stop()
+
+    def _verify(self, weights: WeightVersion) -> None:
+        self._readers.open(weights.segment, weights.tensors).verify()
 
     async def _prepare(self, llm: AsyncLLM, weights: WeightVersion) -> None:
         """Let the workers have the version ready beside the running model, those that can."""
@@ -187,6 +206,8 @@ class VllmEngine:
 
     def _turn(self, completion: CompletionOutput, request_id: str) -> Turn:
         stop_reason = _STOP_REASONS.get(completion.finish_reason or "")
+        if completion.finish_reason == "abort" and self._is_interrupted:
+            stop_reason = StopReason.INTERRUPTED
         if stop_reason is None or completion.weight_versions is None:
             raise EngineLost(f"engine {self._name} ended {request_id} with {completion.finish_reason!r}")
         return Turn(
@@ -250,7 +271,3 @@ def _prompt_logprobs(output: RequestOutput) -> NDArray[np.float32]:
     positions = output.prompt_logprobs
     assert positions is not None  # asked for in the sampling parameters
     return np.asarray([0.0, *positions.logprobs], dtype=np.float32)  # type: ignore[union-attr]
-
-
-def _verify(weights: WeightVersion) -> None:
-    SegmentReader(weights.segment, weights.tensors).verify()

@@ -19,6 +19,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from rlsys.errors import ConfigError, EngineLost, RequestRefused, RlsysError, WaitTimeout
 
+ABORT_POLL_S = 0.01
+
 
 class VllmProcess:
     """An engine in processes of its own, and whether it can still be relied on. Once it is lost it stays lost.
@@ -89,6 +91,12 @@ class VllmProcess:
         except Exception as error:  # vLLM hands failures of its worker process over as plain Exception
             await self.lose(f"{what}: {type(error).__name__}: {error}")
             raise self.loss() from error
+
+    async def let_go(self) -> None:
+        """End what is in flight: its outputs come back cut short."""
+        while self._in_flight:  # one that has not reached vLLM yet is not known there
+            await self.alive().abort(tuple(self._in_flight))
+            await asyncio.sleep(ABORT_POLL_S)
 
     async def lose(self, reason: str) -> None:
         """Serve nothing from now on, and end what is in flight."""

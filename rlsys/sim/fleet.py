@@ -18,11 +18,9 @@ from rlsys.prompts.question import Question
 from rlsys.prompts.source import LoadedData, PromptSource
 from rlsys.prompts.split import Split
 from rlsys.records import (
-    DroppedRollout,
     LoadReport,
     Probe,
     Prompt,
-    Rollout,
     RolloutGroup,
     StepReport,
     Version,
@@ -30,11 +28,12 @@ from rlsys.records import (
 )
 from rlsys.rollout.clock import Clock
 from rlsys.rollout.engine import Engine
-from rlsys.rollout.play import Member, Player, PlaySpec
+from rlsys.rollout.play import Member, Played, Player, PlaySpec
 from rlsys.rollout.router import EngineReport
 from rlsys.rollout.sim_engine import SimEngine
 
 VOCAB_SIZE = 128  # the characters of ASCII
+RETURN_POLL_S = 0.01  # between two looks whether what was let go has come back
 CACHE_BLOCK_TOKENS = 4  # as long as most of the questions
 
 
@@ -78,13 +77,18 @@ class SimFleet:
         self._players[name] = Player(engine, name, make_env=SingleTurn, tokenizer=CharTokenizer(), clock=self._clock)
         self._caches[name] = asyncio.Semaphore(self._cached)
 
-    async def play(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Rollout | DroppedRollout:
+    async def play(self, engine: str, prompt: Prompt, member: Member, spec: PlaySpec) -> Played:
         self._running[engine] += 1
         try:
             async with self._caches[engine]:
                 return await self._players[engine].play_rollout(prompt, member, spec)
         finally:
             self._running[engine] -= 1
+
+    async def interrupt(self, engine: str) -> None:
+        await self.engines[engine].interrupt()
+        while self._running[engine]:
+            await self._clock.sleep(RETURN_POLL_S)
 
     async def report(self, engine: str) -> EngineReport:
         running = self._running[engine]
@@ -230,9 +234,12 @@ def sim_source(num_train: int, num_eval: int, seed: int) -> PromptSource:
 
 
 def doubled(prompt_token_ids: Sequence[int]) -> list[int]:
-    """The right answer to a question of ``sim_source``, as tokens."""
-    number = int("".join(map(chr, prompt_token_ids)).split("*")[0])
-    return [*map(ord, str(2 * number)), CharTokenizer.eos_token_id]
+    """The right answer to a question of ``sim_source``, as tokens; what is left of it where it has begun, and its end
+    where it has begun wrong."""
+    question, _, said = "".join(map(chr, prompt_token_ids)).partition("=")
+    right = str(2 * int(question.split("*")[0]))
+    rest = right[len(said) :] if right.startswith(said) else ""
+    return [*map(ord, rest), CharTokenizer.eos_token_id]
 
 
 @dataclass(slots=True)

@@ -11,8 +11,10 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 
@@ -25,6 +27,10 @@ ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register
 GROWTH_BYTES = 4 << 20  # a file grows by whole multiples of this
 _PREFIX = "rlsys"
 _SEPARATOR = "@"  # occurs in no run name
+_PLACE = attrgetter("name", "shape", "dtype", "offset", "num_bytes")
+# Of /proc/self/pagemap, as Linux documents it (admin-guide/mm/pagemap): one entry of 64 bits for each page.
+_PAGE_ENTRY_BYTES = 8
+_IN_MEMORY_OR_SWAP, _OF_A_FILE = np.uint64(0b11 << 62), np.uint64(1 << 61)
 
 
 def segment_path(run: str, name: str, *, folder: Path = SHM_FOLDER, pid: int | None = None) -> Path:
@@ -100,7 +106,7 @@ class SegmentWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append one tensor (any device, any strides). Raises OSError where the memory file system is full."""
         place = self._place(name, tensor)
-        place.target.copy_(tensor.detach())
+        place.target.copy_(tensor.detach() if tensor.requires_grad else tensor)
         self._entries.append(
             TensorEntry(
                 name=name,
@@ -172,20 +178,44 @@ class SegmentReader:
 
     def __init__(self, segment: str, tensors: Sequence[TensorEntry]) -> None:
         self._segment, self._tensors = segment, tuple(tensors)
+        self._places = [*map(_PLACE, tensors)]
         try:
             with open(segment, "rb") as file:
-                size_bytes = os.fstat(file.fileno()).st_size
+                self._file = _identity(os.fstat(file.fileno()))
                 # a private mapping: torch gets the writable buffer it asks for, the segment itself cannot be changed
-                self._map = mmap.mmap(file.fileno(), size_bytes, access=mmap.ACCESS_COPY)
+                self._map = mmap.mmap(file.fileno(), self.size_bytes, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
             raise WeightsRefused(f"segment {segment} cannot be mapped: {error}") from error
         for entry in self._tensors:
-            self._check_bounds(entry, size_bytes)
+            self._check_bounds(entry, self.size_bytes)
+        self._buffers: list[memoryview] = []
+        self._views: list[tuple[str, torch.Tensor]] = []
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the segment, which may hold more than this version."""
+        return self._file[-1]
+
+    def renew(self, tensors: Sequence[TensorEntry]) -> bool:
+        """Read another version that lies in the same places, by the same mapping. False where a new reader is needed:
+        the file or the places are others, or somebody wrote into a view and has it apart from the segment since."""
+        try:
+            is_same_file = self._file == _identity(os.stat(self._segment))
+        except OSError:
+            return False
+        is_alike = is_same_file and [*map(_PLACE, tensors)] == self._places
+        if not is_alike or (self._views and self._has_own_pages()):
+            return False
+        self._tensors = tuple(tensors)
+        return True
 
     def verify(self) -> None:
         """Compare every tensor's bytes with its checksum. Raises WeightsRefused naming the first that differs."""
-        for entry in self._tensors:
-            got = _checksum(self._map, entry.offset, entry.num_bytes)
+        if not self._buffers:
+            whole = memoryview(self._map)
+            self._buffers = [whole[entry.offset : entry.offset + entry.num_bytes] for entry in self._tensors]
+        for entry, buffer in zip(self._tensors, self._buffers, strict=True):
+            got = xxhash.xxh3_64_intdigest(buffer)
             if got != entry.checksum:
                 raise WeightsRefused(
                     f"tensor {entry.name} in {self._segment}: checksum of its {entry.num_bytes} bytes\n"
@@ -195,10 +225,28 @@ class SegmentReader:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, view into the segment). A view keeps the mapping alive, but not the bytes in it: they change
         when the segment is recycled."""
-        for entry in self._tensors:
-            dtype = getattr(torch, entry.dtype)
-            flat = torch.frombuffer(self._map, dtype=dtype, count=prod(entry.shape), offset=entry.offset)
-            yield entry.name, flat.view(entry.shape)
+        if not self._views:
+            self._views = [(entry.name, self._view(entry)) for entry in self._tensors]
+        yield from self._views
+
+    def _view(self, entry: TensorEntry) -> torch.Tensor:
+        dtype = getattr(torch, entry.dtype)
+        flat = torch.frombuffer(self._map, dtype=dtype, count=prod(entry.shape), offset=entry.offset)
+        return flat.view(entry.shape)
+
+    def _has_own_pages(self) -> bool:
+        """Whether somebody wrote into a view: the mapping then has pages of its own, which no longer show the file.
+        True also where the system does not tell."""
+        first_page = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr() // mmap.PAGESIZE
+        num_pages = -(-len(self._map) // mmap.PAGESIZE)
+        try:
+            with open("/proc/self/pagemap", "rb", buffering=0) as file:
+                file.seek(first_page * _PAGE_ENTRY_BYTES)
+                pages = np.frombuffer(file.read(num_pages * _PAGE_ENTRY_BYTES), dtype=np.uint64)
+        except OSError:
+            return True
+        is_own = (pages & _OF_A_FILE == 0) & (pages & _IN_MEMORY_OR_SWAP != 0)
+        return len(pages) != num_pages or bool(is_own.any())
 
     def _check_bounds(self, entry: TensorEntry, size_bytes: int) -> None:
         dtype = getattr(torch, entry.dtype, None)
@@ -214,9 +262,8 @@ class SegmentReader:
             )
 
 
-def _checksum(mapped: mmap.mmap, offset: int, num_bytes: int) -> int:
-    with memoryview(mapped) as whole, whole[offset : offset + num_bytes] as part:
-        return xxhash.xxh3_64_intdigest(part)
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size
 
 
 def _segments(folder: Path) -> Iterator[tuple[Path, str, int]]:

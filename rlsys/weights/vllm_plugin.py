@@ -32,11 +32,12 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rlsys.records import TensorEntry
 from rlsys.weights.owner import end_with_owner
-from rlsys.weights.segment import SegmentReader
+from rlsys.weights.readers import SegmentReaders
 from rlsys.weights.vllm_adapter import AdapterSlot
 from rlsys.weights.vllm_prepared import PreparedWeights, can_prepare
 
 BACKEND = "rlsys_shm"
+_READERS = SegmentReaders()  # of this worker process
 
 
 class WorkerExtension:
@@ -182,7 +183,7 @@ def _tensors(info: ShmUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
             info.names, info.shapes, info.dtypes, info.offsets, info.num_bytes, strict=True
         )
     ]
-    return SegmentReader(info.segment, entries).tensors()
+    return _READERS.open(info.segment, entries).tensors()
 
 
 def repack_tied_embeddings(model: torch.nn.Module) -> int:

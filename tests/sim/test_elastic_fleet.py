@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from dataclasses import replace
 
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 
 from rlsys.controller.attrition import AGED
 from rlsys.controller.crew import ALONE_S, MAX_FAILURES, STEADY_S, places_for
-from rlsys.errors import FleetLost, RlsysError
-from rlsys.records import DropCause
+from rlsys.errors import EngineLost, FleetLost, RlsysError
+from rlsys.records import DropCause, Rollout
+from rlsys.rollout.play import PartialRollout
 from rlsys.sim.fleet import SimMachine
-from rlsys.sim.world import SimReport, World, simulate
+from rlsys.sim.world import MAX_TOKENS, SimReport, World, simulate
 from tests.sim.test_simulated_runs import check_laws
 
 # with one engine a run of some minutes of virtual time, which its slots limit
@@ -65,10 +67,62 @@ def test_a_machine_that_leaves_takes_its_engines_along_and_no_rollout(is_drained
     report = simulate(world, prove_before_playing(Counter()))
     check_laws(report, world)
     assert report.loops.roster.names == ("rollout-0",)
-    assert report.summary["rollouts_retried"] > 0 and report.summary["rollout/engines_lost"] == 2
+    assert report.summary["rollout/engines_lost"] == 2
+    lost, moved = report.summary["rollouts_retried"], report.summary["rollouts_moved"]
+    assert (lost == 0 < moved) if is_drained else (moved == 0 < lost)
     assert set(report.loops.ledger.dropped) <= AGED | {DropCause.GROUP_TOO_SMALL}
     draws = {group.prompt.draw.index for _, groups in report.trained for group in groups}
     assert len(draws) == world.steps * world.prompts_per_batch
+
+
+def follow_moves(begun: dict[str, list[PartialRollout]]):
+    """Whatever goes on goes on with all that its engine had handed out, once, and keeps it to its end."""
+
+    def disturb(loops, fleet):
+        play, open_parts = fleet.play, dict[str, PartialRollout]()
+
+        async def followed(engine, prompt, member, spec):
+            rollout_id = member.rollout_id(prompt.group_id)
+            handed_out = open_parts.pop(rollout_id, None)
+            if member.begun is None:  # the first time, or anew since it cannot go on or is too old by now
+                assert handed_out is None or member.retry
+            else:
+                assert member.begun is handed_out
+            try:
+                ended = await play(engine, prompt, member, spec)
+            except (EngineLost, asyncio.CancelledError):
+                if handed_out is not None:
+                    open_parts[rollout_id] = handed_out  # it is gone on with once more
+                raise
+            said = [] if member.begun is None else member.begun.turn.token_ids_T.tolist()
+            versions = [] if member.begun is None else member.begun.turn.versions_T.tolist()
+            if isinstance(ended, PartialRollout):
+                assert ended.turn.token_ids_T[: len(said)].tolist() == said
+                open_parts[rollout_id] = ended
+                begun.setdefault(rollout_id, []).append(ended)
+            elif isinstance(ended, Rollout):
+                sampled = slice(ended.num_prompt_tokens, ended.num_prompt_tokens + len(said))
+                assert ended.token_ids_T[sampled].tolist() == said
+                assert ended.versions_T[sampled].tolist() == versions
+                assert ended.num_sampled_tokens <= MAX_TOKENS
+            return ended
+
+        fleet.play = followed
+
+    return disturb
+
+
+def test_an_engine_that_hangs_when_it_has_to_go_is_given_up_and_what_it_played_is_played_again():
+    def hang(loops, fleet):
+        async def interrupt(engine):
+            await asyncio.Event().wait()
+
+        fleet.interrupt = interrupt
+
+    world = replace(SLOW, machines={"guest": SimMachine(room=2, joins_s=2.0, leaves_s=20.0, is_drained=True)})
+    report = simulate(world, hang)
+    check_laws(report, world)
+    assert any("rollout-1 to let go what it plays: no answer" in event for event in report.sink.events)
 
 
 def test_a_lost_engine_is_replaced_and_the_others_play_on():
@@ -208,12 +262,19 @@ def test_whenever_engines_come_and_go_every_rollout_is_trained_once_or_dropped_b
         steps=8, replicas=2, machines=visitors, wanted=wanted, max_staleness=max_staleness, start_s=start_s,
         crashes=crashes, seed=seed, tokens_per_s=3.0, num_questions=80,
     )  # fmt: skip
+    begun = dict[str, list[PartialRollout]]()
+
+    def disturb(loops, fleet):
+        prove_before_playing(Counter())(loops, fleet)
+        follow_moves(begun)(loops, fleet)
+
     try:
-        report = simulate(world, prove_before_playing(Counter()))
+        report = simulate(world, disturb)
     except FleetLost:
         assert not has_steady_engine
         return
     check_laws(report, world)
+    assert report.summary["rollouts_moved"] == sum(map(len, begun.values()))
     seconds = report.loops.roster.seconds()
     assert 0.0 <= seconds.busy <= seconds.in_service
     assert 0.0 <= report.summary["idle/rollout"] <= 1.0

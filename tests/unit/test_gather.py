@@ -6,14 +6,15 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from rlsys.controller.gather import Gatherer
 from rlsys.controller.ledger import Stage
 from rlsys.controller.roster import Roster
 from rlsys.errors import EngineLost
-from rlsys.records import DropCause, DroppedRollout, Prompt, Rollout, RolloutGroup
-from rlsys.rollout.play import Member, PlaySpec
+from rlsys.records import DropCause, DroppedRollout, Prompt, Rollout, RolloutGroup, StopReason, Turn
+from rlsys.rollout.play import Member, PartialRollout, PlaySpec
 from rlsys.rollout.router import EngineReport
 from rlsys.sim.clock import VirtualClock
 from tests.builders import make_group, make_prompt
@@ -152,6 +153,104 @@ def test_an_engine_that_misses_the_deadline_of_a_rollout_is_lost():
     group = scene.run(Scene.play)
     assert len(group.rollouts) == 3
     assert scene.lost[0][0] == "e0" and "e0 to play test:0:0#0/" in scene.lost[0][1]
+
+
+def _partial(member: Member, steps: list[int]) -> PartialRollout:
+    """With one token for each of the versions."""
+    turn = Turn(
+        token_ids_T=np.arange(len(steps), dtype=np.int32),
+        behaviour_logprobs_T=np.full(len(steps), -1.0, dtype=np.float32),
+        versions_T=np.array(steps, dtype=np.int64),
+        stop_reason=StopReason.INTERRUPTED,
+    )
+    return PartialRollout(rollout_id=member.rollout_id(make_prompt().group_id), turn=turn, seconds=1.0)
+
+
+def _let_go(scene: Scene, steps: list[int] | None) -> dict[str, PartialRollout]:
+    """Engine e0 lets go what it is given, with a token for each of the versions; None: what cannot go on. Returns what
+    it handed out, by the members' names."""
+    play, handed_out = scene.fleet.play, dict[str, PartialRollout]()
+
+    async def play_or_let_go(engine, prompt, member, spec):
+        ended = await play(engine, prompt, member, spec)
+        if engine != "e0":
+            return ended
+        scene.roster.remove("e0")
+        partial = _partial(member, steps or [])
+        handed_out[member.name] = replace(partial, turn=None) if steps is None else partial
+        return handed_out[member.name]
+
+    scene.fleet.play = play_or_let_go
+    return handed_out
+
+
+def test_what_is_let_go_goes_on_on_another_engine_with_what_it_had():
+    scene = Scene(lambda engine, member: 1.0)
+    handed_out = _let_go(scene, [0, 0])
+    group = scene.run(Scene.play)
+    assert [rollout.engine for rollout in group.rollouts] == ["e1"] * 3 and group.dropped == ()
+    begun = [member for _, engine, member in scene.fleet.played if engine == "e1" and member.begun is not None]
+    assert all(member.begun is handed_out[member.name] and member.retry == 0 for member in begun)
+    assert len(begun) == scene.gatherer.num_moved > 0 and scene.gatherer.num_retried == 0
+    assert scene.lost == [] and scene.roster.num_running == 0
+    stages = [stage for _, name, stage in scene.moves if name == begun[0].name]
+    assert stages == [Stage.PARKED, Stage.RUNNING, Stage.PARKED, Stage.RUNNING, Stage.GATHERED]
+
+
+def test_what_is_let_go_and_cannot_go_on_is_played_again():
+    scene = Scene(lambda engine, member: 1.0)
+    _let_go(scene, None)
+    scene.run(Scene.play)
+    again = [member for _, engine, member in scene.fleet.played if member.retry]
+    assert len(again) == scene.gatherer.num_retried > 0 == scene.gatherer.num_moved
+    assert all(member.begun is None for member in again)
+
+
+def test_an_engine_lost_after_a_move_costs_only_what_it_added_itself():
+    def seconds_of(engine: str, member: Member) -> float:
+        if engine == "e1":
+            raise EngineLost("e1 crashed")
+        return 1.0
+
+    async def until_one_comes(scene: Scene):
+        playing = asyncio.create_task(scene.play())
+        await scene.clock.sleep(7.0)
+        scene.roster.add("e2")
+        scene.roster.serve("e2", 0)
+        return await playing
+
+    scene = Scene(seconds_of, slots=3)
+    handed_out = _let_go(scene, [0, 0])
+    group = scene.run(until_one_comes)
+    assert [rollout.engine for rollout in group.rollouts] == ["e2"] * 3
+    begun = {member.name: member.begun for _, engine, member in scene.fleet.played if engine == "e2"}
+    assert scene.gatherer.num_moved == len(handed_out) > 0
+    assert all(begun[name] is partial for name, partial in handed_out.items())
+
+
+@pytest.mark.parametrize("began", [3, 4])
+def test_what_grew_too_old_while_it_was_moved_is_begun_anew(began):
+    async def grow_old(scene: Scene):
+        scene.roster.remove("e1")
+        scene.roster.serve("e0", began)
+        playing = asyncio.create_task(scene.play(ages=True))
+        await scene.clock.sleep(2.0)  # it is let go after one second
+        scene.gatherer.stop_older(4)
+        scene.roster.add("e2")
+        scene.roster.serve("e2", 5)
+        await scene.clock.sleep(0.5)
+        scene.gatherer.stop_older(5)  # what goes on is as old as it began
+        return await playing
+
+    scene = Scene(lambda engine, member: 1.0, slots=3)
+    _let_go(scene, [began])
+    group = scene.run(grow_old)
+    again = [member for _, engine, member in scene.fleet.played if engine == "e2"]
+    if began == 3:
+        assert {(member.retry, member.begun) for member in again} == {(1, None)} and len(group.rollouts) == 3
+    else:
+        assert {member.retry for member in again} == {0} and scene.gatherer.num_retried == 0
+        assert [member.cause for member in group.dropped] == [DropCause.STOPPED] * 3
 
 
 def test_with_the_last_engine_gone_a_group_waits_for_one_that_comes():

@@ -125,6 +125,22 @@ def test_a_lost_engine_ends_everything_that_is_under_way() -> None:
     assert [type(ended) for ended in clock.run(main())] == [EngineLost] * 3
 
 
+def test_a_mailbox_is_empty_once_everybody_has_his_rollout() -> None:
+    clock = VirtualClock()
+
+    async def main() -> None:
+        mailbox = Mailbox(Worker(clock), "e0")
+        await mailbox.emptied()
+        playing = [
+            asyncio.create_task(mailbox.play(make_prompt(), Member(name=seconds), SPEC)) for seconds in ("1.0", "2.0")
+        ]
+        await clock.sleep(0.5)
+        await mailbox.emptied()
+        assert all(task.done() for task in playing) and clock.now() == pytest.approx(2.0 + 2 * CALL_S)
+
+    clock.run(main())
+
+
 def test_a_closed_mailbox_leaves_nobody_waiting() -> None:
     clock = VirtualClock()
 

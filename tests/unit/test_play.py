@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -24,8 +28,10 @@ from rlsys.records import (
     Version,
     WeightVersion,
 )
+from rlsys.rollout.engine import GenerateRequest
 from rlsys.rollout.play import (
     Member,
+    PartialRollout,
     Player,
     PlaySpec,
     following_tokens,
@@ -215,6 +221,78 @@ def test_a_lost_engine_loses_every_rollout_on_it():
         version=Version(incarnation=0, step=1), segment="s", tensors=(), probe=probe, previous_probe=None
     )
     clock.run(play())
+
+
+def _weights(step: int) -> WeightVersion:
+    return WeightVersion(
+        version=Version(incarnation=0, step=step),
+        segment="s",
+        tensors=(),
+        probe=Probe(token_ids=(), logprobs=()),
+        previous_probe=None,
+    )
+
+
+def _counting_on(requests: list[GenerateRequest]) -> Callable[[GenerateRequest, Version], list[int]]:
+    """Answers 1, 2, 3, ..., 19 from where the context has got to; in a second turn thirty tokens."""
+
+    def answer(request: GenerateRequest, version: Version) -> list[int]:
+        requests.append(request)
+        return list(range(len(request.token_ids) - 5, 20)) or [MORE] * 30
+
+    return answer
+
+
+def _play_on(moments: list[float], env: type = SingleTurn, max_tokens: int = 9) -> tuple[Any, list[GenerateRequest]]:
+    """One rollout, played on one engine after the other, each interrupted so many seconds after the rollout came; the
+    last one is not. Ten tokens a second; engine k serves version k."""
+
+    async def play() -> Any:
+        member = Member(name="0")
+        for number, moment_s in enumerate([*moments, None]):
+            engine = SimEngine(f"sim-{number}", clock, _counting_on(requests), tokens_per_s=10.0)
+            await engine.load_weights(_weights(number))
+            player = Player(engine, f"sim-{number}", make_env=env, tokenizer=_tokenizer(), clock=clock)
+            playing = asyncio.create_task(player.play_rollout(PROMPT, member, spec))
+            if moment_s is not None:
+                await clock.sleep(moment_s)
+                await engine.interrupt()
+            ended = await playing
+            if not isinstance(ended, PartialRollout) or ended.turn is None:
+                return ended
+            member = replace(member, begun=ended)
+        return ended
+
+    spec = PlaySpec(group_size=1, temperature=1.0, max_tokens=max_tokens, seed=11)
+    requests: list[GenerateRequest] = []
+    clock = VirtualClock()
+    return clock.run(play()), requests
+
+
+def test_what_an_engine_lets_go_another_one_ends_and_both_parts_stand():
+    rollout, (first, second) = _play_on([0.35])
+    assert rollout.token_ids_T.tolist() == [USER, ONE, TWO, END, NEWLINE, MODEL, *range(1, 10)]
+    assert rollout.versions_T.tolist() == [NOT_SAMPLED] * 6 + [0] * 3 + [1] * 6
+    assert rollout.behaviour_logprobs_T.tolist() == [0.0] * 6 + [-1.0] * 9
+    assert (rollout.stop_reason, rollout.engine, rollout.num_prompt_tokens) == (StopReason.LENGTH, "sim-1", 6)
+    assert rollout.seconds == pytest.approx(0.35 + 0.6)
+    assert second.token_ids == [*first.token_ids, 1, 2, 3] and second.max_tokens == 9 - 3
+    assert second.seed != first.seed == rollout_seed(11, "t:0:0#0/0")
+
+
+@given(st.lists(st.floats(0.0, 0.5), max_size=4), st.integers(1, 12))
+def test_however_often_it_is_moved_no_token_is_lost_or_doubled_and_no_random_number_comes_again(moments, max_tokens):
+    rollout, requests = _play_on(moments, max_tokens=max_tokens)
+    assert rollout.token_ids_T[6:].tolist() == list(range(1, max_tokens + 1))
+    assert rollout.num_sampled_tokens == max_tokens
+    # the same seed only where the same token is the next one
+    assert len({request.seed for request in requests}) == len({len(request.token_ids) for request in requests})
+    assert {len(request.token_ids) + request.max_tokens for request in requests} == {6 + max_tokens}
+
+
+def test_once_its_environment_has_taken_a_step_it_cannot_go_on_elsewhere():
+    partial, requests = _play_on([2.5], env=AskAgain, max_tokens=50)
+    assert partial == PartialRollout(rollout_id="t:0:0#0/0", turn=None, seconds=2.5) and len(requests) == 2
 
 
 def test_an_opening_is_rendered_once_for_a_group_and_anew_for_a_member_that_begins_otherwise():

@@ -12,7 +12,7 @@ from rlsys.records import Probe, StopReason, Version, WeightVersion
 from rlsys.rollout.engine import GenerateRequest
 from rlsys.rollout.sim_engine import SimEngine, learning_answer
 from rlsys.sim.clock import VirtualClock
-from tests.engine_contract import check_engine_contract
+from tests.engine_contract import check_engine_contract, check_interruption
 
 
 def _weights(step: int) -> WeightVersion:
@@ -105,6 +105,48 @@ def test_a_crash_ends_what_is_in_flight_at_once():
         assert clock.now() == crashed
         with pytest.raises(EngineLost, match="it crashed"):
             await engine.generate(_request())
+
+    clock = VirtualClock()
+    engine = _engine(clock)
+    clock.run(play())
+
+
+def test_an_interrupted_engine_hands_out_what_it_has_and_samples_nothing_more():
+    async def play() -> None:
+        await engine.load_weights(_weights(1))
+        await check_interruption(engine, _request(), clock)
+
+    clock = VirtualClock()
+    engine = _engine(clock)
+    clock.run(play())
+
+
+def test_what_is_interrupted_in_a_swap_is_held_until_the_proof_and_has_the_tokens_before_the_pause():
+    async def play() -> None:
+        await engine.load_weights(_weights(1))
+        in_flight = asyncio.create_task(engine.generate(_request()))
+        await clock.sleep(0.55)
+        load = asyncio.create_task(engine.load_weights(_weights(2)))
+        await clock.sleep(0.5)  # in the middle of the pause
+        await engine.interrupt()
+        assert not in_flight.done()
+        await load
+        turn = await in_flight
+        assert turn.stop_reason is StopReason.INTERRUPTED
+        assert [Version.from_code(code).step for code in turn.versions_T] == [1] * 5
+
+    clock = VirtualClock()
+    engine = _engine(clock)
+    clock.run(play())
+
+
+def test_an_answer_that_is_at_its_end_when_it_is_interrupted_is_whole():
+    async def play() -> None:
+        await engine.load_weights(_weights(1))
+        in_flight = asyncio.create_task(engine.generate(_request(max_tokens=5)))
+        await clock.sleep(0.5)
+        await engine.interrupt()
+        assert (await in_flight).stop_reason is StopReason.LENGTH
 
     clock = VirtualClock()
     engine = _engine(clock)
