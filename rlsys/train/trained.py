@@ -16,9 +16,10 @@ from rlsys.config.schema import TrainSection
 from rlsys.errors import Diverged
 from rlsys.records import Version
 from rlsys.train import parallel
-from rlsys.train.checkpoint import Layout, load_state, save_state
+from rlsys.train.checkpoint import Layout, load_state, take_state
 from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.export import full_weights
+from rlsys.train.snapshot import HostMemory, Snapshot
 
 
 class Trained:
@@ -43,6 +44,7 @@ class Trained:
         whole_logits: bool = False,
     ) -> None:
         self._deepspeed, self._device, self._rank, self._layout = deepspeed, device, rank, layout
+        self._memory = HostMemory()
         config = deepspeed_config(train, device=device)
         if whole_logits:
             config["tensor_parallel"]["vocab_parallel_lm_head"] = False
@@ -127,13 +129,21 @@ class Trained:
             tensor_parallel=self._layout.tensor_parallel,
         )
 
-    def save(self, folder: str, own: Mapping[str, Any]) -> None:
-        """See ``save_state``."""
-        save_state(self._engine, folder, rank=self._rank, layout=self._layout, device=self._device, own=own)
+    def take(self, folder: str, own: Mapping[str, Any]) -> Snapshot:
+        """See ``take_state``. The snapshot before it is overwritten."""
+        return take_state(
+            self._engine,
+            folder,
+            memory=self._memory,
+            rank=self._rank,
+            layout=self._layout,
+            device=self._device,
+            own=own,
+        )
 
     def load(self, folder: str) -> Mapping[str, Any]:
         """See ``load_state``."""
-        return load_state(self._engine, folder, rank=self._rank, device=self._device)
+        return load_state(self._engine, folder, rank=self._rank, layout=self._layout, device=self._device)
 
     def destroy(self) -> None:
         self._engine.destroy()
