@@ -1,4 +1,5 @@
 """Checkpoints of a run: the learner's ranks write theirs, this process the rest; the folder counts once all is on disk.
+The learner stands still only while its ranks copy their state; they write the copies while it trains on.
 
 step_40/learner/       what the learner needs (train/checkpoint)
         state.json     version, cursor of the source, counts, totals
@@ -38,23 +39,28 @@ class RunCheckpoints:
 
     def __init__(self, store: CheckpointStore, learner: RayLearner, sync_commits: Callable[[], None]) -> None:
         self._store, self._learner, self._sync_commits = store, learner, sync_commits
+        self._folder = Path()  # of the checkpoint under way
 
-    async def save(self, state: RunState) -> None:
-        """Raises CheckpointFailed where the file system refuses; the learner goes on as if nothing had happened."""
-        step = state.version.step
-        folder = await asyncio.to_thread(self._store.begin, step)
+    async def begin(self, state: RunState) -> None:
+        """The learner goes on once this returns. Raises CheckpointFailed where the file system refuses."""
+        self._folder = await asyncio.to_thread(self._store.begin, state.version.step)
+        await self._learner.save_checkpoint(str(self._folder / LEARNER))
+
+    async def finish(self, state: RunState) -> None:
+        """Raises CheckpointFailed where the file system refuses; nothing is left of the checkpoint then."""
+        step, folder = state.version.step, self._folder
         try:
-            await self._learner.save_checkpoint(str(folder / LEARNER))
-            await asyncio.to_thread(self._write_rest, state, folder)
+            await asyncio.to_thread(_write_state, state, folder)
+            await self._learner.checkpoint_written()
+            await asyncio.to_thread(self._commit, step)
         except OSError as error:
             raise CheckpointFailed(f"checkpoint {folder} could not be written: {error}") from error
         finally:
             await asyncio.to_thread(self._store.abandon, step)  # nothing is left of it where it was committed
 
-    def _write_rest(self, state: RunState, folder: Path) -> None:
+    def _commit(self, step: int) -> None:
         self._sync_commits()
-        _write_state(state, folder)
-        self._store.commit(state.version.step)
+        self._store.commit(step)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -176,9 +176,9 @@ def entrypoint(python: str, *, resume: bool) -> str:
 
 
 def stop_wait_s(config: Config) -> int:
-    """Seconds that `ray job stop` waits before it kills (3 unless told): a step and a checkpoint, each of which may
-    take ``train.timeout_s``, and the orderly end."""
-    return math.ceil(2 * config.train.timeout_s) + ORDERLY_END_S
+    """Seconds that `ray job stop` waits before it kills (3 unless told): a step, the copy for a checkpoint and its
+    writing, each of which may take ``train.timeout_s``, and the orderly end."""
+    return math.ceil(3 * config.train.timeout_s) + ORDERLY_END_S
 
 
 async def follow(api: JobApi, job: str, show: Callable[[str], None]) -> JobDetails:

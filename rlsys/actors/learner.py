@@ -12,10 +12,13 @@ import ray
 
 from rlsys.actors.remote import answer
 from rlsys.batch.tensors import Batch, RankBatch
-from rlsys.errors import Diverged, LearnerFailed
+from rlsys.errors import CheckpointFailed, Diverged, LearnerFailed
 from rlsys.records import Probe, StepReport, TensorEntry, Version, WeightVersion
+from rlsys.train.checkpoint import Written
 from rlsys.weights.probe import probe_sequences
 from rlsys.weights.tcp import Source
+
+WRITTEN_POLL_S = 0.2  # between two looks at the parts of a checkpoint
 
 
 class LearnerActor:
@@ -91,6 +94,9 @@ class LearnerActor:
     def save_checkpoint(self, folder: str) -> None:
         self._learner.save_checkpoint(folder)
 
+    def checkpoint_written(self) -> Written | None:
+        return self._learner.checkpoint_written()
+
     def _writer(self, segment: str) -> Any:
         import torch
 
@@ -161,7 +167,24 @@ class RayLearner:
         await self._all("save the adapter", [actor.save_adapter.remote(folder) for actor in self._actors])
 
     async def save_checkpoint(self, folder: str) -> None:
+        """Take a copy of the learner's state, and begin to write it; ``checkpoint_written`` waits for the end."""
         await self._all("save a checkpoint", [actor.save_checkpoint.remote(folder) for actor in self._actors])
+
+    async def checkpoint_written(self) -> None:
+        """Wait until every rank has written its part, or given up: nothing is written any more. A rank is asked between
+        two steps, so that the answer may come as late as the end of the one under way.
+
+        Raises:
+            CheckpointFailed: one of them could not.
+        """
+        while True:
+            parts = await self._all("write a checkpoint", [actor.checkpoint_written.remote() for actor in self._actors])
+            if None not in parts:
+                break
+            await asyncio.sleep(WRITTEN_POLL_S)
+        for rank, part in enumerate(parts):
+            if part.failure:
+                raise CheckpointFailed(f"learner-{rank} could not write its part: {part.failure}. Free space there.")
 
     async def _all(self, act: str, calls: Sequence[Any]) -> list[Any]:
         """Answers of every rank. A Diverged of any rank is what is raised; else the first failure, which the others

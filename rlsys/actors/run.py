@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from rlsys.actors.checkpoint import Start, find_start
 from rlsys.actors.cluster import check_resources, ray_cluster
 from rlsys.actors.inputs import Inputs
+from rlsys.actors.other_layout import check_learner, in_layout, remove_converted
 from rlsys.actors.rollout import RolloutActor
 from rlsys.actors.setup import Built, build_run
 from rlsys.checkpoints.store import CheckpointStore
@@ -26,7 +27,6 @@ from rlsys.observe.rollout_log import RolloutLog
 from rlsys.observe.run_folder import RunFolder, redirect_library_output
 from rlsys.observe.sink import RunSink
 from rlsys.observe.trackers import MetricsFile, TensorBoard, Tracker, Trackers
-from rlsys.train.base import check_base
 from rlsys.weights.segment import remove_segments
 
 STOP_TIMEOUT_S = 30.0  # for the engines to shut down in order; what hangs longer is killed with the cluster
@@ -67,8 +67,7 @@ def run_training(
     with folder.locked(), redirect_library_output(folder.log_path) as terminal:
         store = CheckpointStore(folder.checkpoints_path, config.checkpoint.keep)
         start = find_start(store, folder.commits_path, inputs.source) if resume else Start(state=RunState())
-        if start.learner is not None:
-            check_base(start.learner, inputs.model_path)
+        check_learner(config, inputs, start)
         sink = _open_sink(config, folder, terminal, start)
         last_words = "stopped before the first step"
         try:
@@ -79,6 +78,7 @@ def run_training(
                 sink.event(f"run folder {folder.path}" + (f", Ray dashboard {dashboard}" if dashboard else ""))
                 for sentence in start.told:
                     sink.event(sentence)
+                start = in_layout(config, start, sink.event)
                 result = asyncio.run(_drive(config, inputs, sink, folder, start, store, rollout_actor))
                 last_words = _last_words(result, store)
         finally:
@@ -112,6 +112,7 @@ async def _drive(
     try:
         sink.event("starting the rollout engines, the learner and the reward workers")
         built = await build_run(config, inputs, sink, start, store, rollout_actor)
+        remove_converted(start)
         stop.loops = built.loops
         await built.loops.run()
         if built.loops.stopping.is_set():

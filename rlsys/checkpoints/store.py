@@ -6,6 +6,7 @@
     .step_50.partial/        is being written; ``commit`` makes it step_50
     .step_40.replaced/       the step_40 of before, while a new one takes its place; put back if that does not happen
     .step_30.removed/        is being deleted
+    .step_40.converted/      step_40 in another form, for a run that is being resumed (.partial: not yet whole)
 
 A checkpoint of a higher step than the one just written is of a line that was given up (a run went on from an earlier
 one, since it was damaged): it is removed, or a later run might go on from it.
@@ -33,7 +34,7 @@ FORMAT = 1  # of the manifest
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 20
 _NAME = re.compile(r"step_(0|[1-9]\d*)")
-_HIDDEN = re.compile(r"\.step_\d+\.(partial|replaced|removed)")
+_HIDDEN = re.compile(r"\.step_\d+\.(partial|replaced|removed|converted(\.partial)?)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

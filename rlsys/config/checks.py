@@ -36,7 +36,8 @@ RUN_FILES = {
 # What a resumed run may change: how far it goes and what it runs on, nothing of what it learns from and how.
 CHANGEABLE = re.compile(
     r"run\.steps|(checkpoint|eval|observe|ray)\..*|.*timeout_s"
-    r"|reward\.(workers|max_drops_in_a_row)|rollout\.(replicas|slots|weight_channel|vllm.*|[cg]pus_per_replica)|train\.[cg]pus_per_rank"
+    r"|reward\.(workers|max_drops_in_a_row)|rollout\.(replicas|slots|weight_channel|vllm.*|[cg]pus_per_replica)"
+    r"|train\.([cg]pus_per_rank|ranks|tensor_parallel|zero_stage)"
     r"|teacher\.(slots|vllm.*|[cg]pus)"
 )
 

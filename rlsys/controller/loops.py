@@ -16,7 +16,8 @@
       learner.step()         DeepSpeed
       sync.publish()         engines pull the new version in their own pull_loop, and prove it
       buffer.commit()        TRAINED
-      checkpoints.save()     every few steps, after the last one, and at a stop
+      checkpoints.begin()    every few steps, after the last one, and at a stop: the learner waits for one copy,
+      checkpoints.finish()   which is written while it trains on
 
       eval_loop              held-out questions on the same engines, beside all this
       fleet_loop             engines that come and go; each has a pull_loop and a watch_loop: how loaded it is
@@ -53,7 +54,7 @@ from rlsys.controller.state import RunState
 from rlsys.controller.stats import age_metrics, batch_metrics, drop_metrics, recomputed_tokens, trained_ages
 from rlsys.controller.sync import WeightSync
 from rlsys.controller.totals import Totals
-from rlsys.errors import CheckpointFailed, WaitTimeout
+from rlsys.errors import WaitTimeout
 from rlsys.records import Prompt, RolloutGroup
 
 Answer = TypeVar("Answer")
@@ -227,10 +228,10 @@ class Loops:
             if self.plan.eval_every_steps and self.version.step % self.plan.eval_every_steps == 0:
                 self._eval_due.set()
             if self.version.step == self.plan.steps or (every_steps and self.version.step % every_steps == 0):
-                await self._checkpoint()
+                await self.saver.save(self.version, self.roster.seconds(), tasks)
         fetching.cancel()
-        if not self.saver.is_saved(self.version):
-            await self._checkpoint()
+        is_needed = self.stopping.is_set()
+        await self.saver.save_last(self.version, self.roster.seconds(), tasks, is_needed=is_needed)
 
     async def eval_loop(self) -> None:
         """Evaluate beside the training.
@@ -290,17 +291,6 @@ class Loops:
         self._learner_waits = False
         return None if self.stopping.is_set() else fetching.result()
 
-    async def _checkpoint(self) -> None:
-        """A checkpoint that cannot be written costs only itself, but for the one that a stop has to leave behind."""
-        began = self.parts.clock.now()
-        try:
-            await self.saver.save(self.version, self.roster.seconds())
-        except CheckpointFailed as error:
-            self.parts.sink.event(f"no checkpoint of step {self.version.step}: {error}")
-            if self.stopping.is_set():
-                raise
-        self._next_metrics["timing_s/save_checkpoint"] = self.parts.clock.now() - began
-
     async def _publish(self) -> None:
         if self.plan.max_staleness == 0:
             await self.sync.publish_everywhere(self.version)
@@ -333,7 +323,8 @@ class Loops:
             self.parts.sink.event(
                 f"step {step}: the rewards of every group are equal (mean {score:g}): nothing to learn"
             )
-        metrics |= self.sync.drain_metrics() | self.attrition.drain_metrics() | self._next_metrics
+        metrics |= self.sync.drain_metrics() | self.attrition.drain_metrics() | self.saver.drain_metrics()
+        metrics |= self._next_metrics
         self._next_metrics = {}
         self.parts.sink.step(self.version.step, self.version, metrics)
         logged = lease.groups[: self.plan.rollouts_logged]

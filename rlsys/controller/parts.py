@@ -143,11 +143,16 @@ class Learner(Protocol):
 
 
 class Checkpoints(Protocol):
-    async def save(self, state: RunState) -> None:
-        """Keep ``state`` and the learner's, so that a later run can go on from it. The learner stands still meanwhile.
+    """One at a time: a ``begin``, then its ``finish``. Both raise CheckpointFailed; the checkpoints before still
+    stand."""
 
-        Raises CheckpointFailed; the checkpoints before it still stand.
-        """
+    async def begin(self, state: RunState) -> None:
+        """Take a copy of ``state`` and the learner's. The learner stands still meanwhile."""
+        ...
+
+    async def finish(self, state: RunState) -> None:
+        """Wait until what ``begin`` has taken is kept, so that a later run can go on from it. The learner trains on
+        meanwhile."""
         ...
 
 

@@ -1,11 +1,13 @@
 """Stopping and going on: what of a run is kept in a checkpoint, beside the learner's weights, and how it comes back.
 
-The learner stands still between two steps while the state is taken. The loops around it go on: a group that is on its
-way into the buffer or out of it at that moment is saved as a question that is asked again.
+The learner stands still between two steps while the state is taken, and trains on while it is written. The loops
+around it never stop: a group that is on its way into the buffer or out of it at the moment of the copy is saved as a
+question that is asked again. Until the last byte is written, a killed run goes on from the checkpoint before.
 """
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 from rlsys.controller.deadline import within
@@ -14,6 +16,7 @@ from rlsys.controller.parts import Parts
 from rlsys.controller.roster import EngineSeconds
 from rlsys.controller.state import RunState
 from rlsys.controller.totals import Totals
+from rlsys.errors import CheckpointFailed
 from rlsys.records import Version
 
 
@@ -38,10 +41,9 @@ class Saver:
     def __init__(self, parts: Parts, ledger: Ledger, totals: Totals, state: RunState, timeout_s: float) -> None:
         self._parts, self._ledger, self._totals = parts, ledger, totals
         self._saved, self._timeout_s = state, timeout_s
-
-    def is_saved(self, version: Version) -> bool:
-        """Whether ``version`` can be gone on from. What a run starts with can, once something was saved."""
-        return self._saved.cursor is not None and self._saved.version == version
+        self._writing: asyncio.Task[None] | None = None
+        self._failure: CheckpointFailed | None = None
+        self._metrics: dict[str, float] = {}
 
     async def restore(self) -> None:
         """Finished groups wait in the buffer again; the other draws are asked again, before all others.
@@ -54,13 +56,55 @@ class Saver:
         await within(self._timeout_s, "the replay buffer to take up what was saved", restoring)
         self._ledger.check_draws(self._parts.source.counts())
 
-    async def save(self, version: Version, engines: EngineSeconds) -> None:
-        """Raises CheckpointFailed; what was saved before still stands.
+    async def save(self, version: Version, engines: EngineSeconds, tasks: asyncio.TaskGroup) -> None:
+        """Take the state, and write it in one of ``tasks``; one that is still being written is waited for first. A
+        checkpoint that cannot be written is told and costs only itself.
 
         Args:
             engines: their seconds until now.
         """
-        who = f"the checkpoint of step {version.step}"
+        clock = self._parts.clock
+        began = clock.now()
+        await self._settle()
+        try:
+            state = await self._take(version, engines)
+        except CheckpointFailed as error:
+            self._tell(version, error)
+        else:
+            self._writing = tasks.create_task(self._write(state))
+        self._metrics["timing_s/save_checkpoint"] = clock.now() - began
+
+    async def save_last(
+        self, version: Version, engines: EngineSeconds, tasks: asyncio.TaskGroup, *, is_needed: bool
+    ) -> None:
+        """Return once nothing is written any more and ``version`` can be gone on from; it is saved where it is not yet.
+
+        Raises:
+            CheckpointFailed: it cannot, and ``is_needed``.
+        """
+        await self._settle()
+        if not self._is_saved(version):
+            await self.save(version, engines, tasks)
+            await self._settle()
+        if is_needed and not self._is_saved(version):
+            assert self._failure is not None  # else it would be saved
+            raise self._failure
+
+    def drain_metrics(self) -> dict[str, float]:
+        """Of what was saved since the last call: how long that held the training up, and how long was written."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+    def _is_saved(self, version: Version) -> bool:
+        """What a run starts with is, once something was saved."""
+        return self._saved.cursor is not None and self._saved.version == version
+
+    async def _settle(self) -> None:
+        if self._writing is not None:
+            await asyncio.wait({self._writing})  # it has its own deadline
+
+    async def _take(self, version: Version, engines: EngineSeconds) -> RunState:
+        who = f"a copy of the state at step {version.step}"
         inside = self._ledger.agreeing(await within(self._timeout_s, who, self._parts.buffer.groups()))
         self._ledger.check_draws(self._parts.source.counts())
         state = RunState(
@@ -74,5 +118,20 @@ class Saver:
             filtered=self._ledger.filtered,
             totals=self._totals.saved(self._parts.clock.now(), engines),
         )
-        await within(self._timeout_s, who, self._parts.checkpoints.save(state))
-        self._saved = state
+        await within(self._timeout_s, who, self._parts.checkpoints.begin(state))
+        return state
+
+    async def _write(self, state: RunState) -> None:
+        began = self._parts.clock.now()
+        who = f"the checkpoint of step {state.version.step} to be written"
+        try:
+            await within(self._timeout_s, who, self._parts.checkpoints.finish(state))
+        except CheckpointFailed as error:
+            self._tell(state.version, error)
+        else:
+            self._saved = state
+        self._metrics["timing_s/write_checkpoint"] = self._parts.clock.now() - began
+
+    def _tell(self, version: Version, failure: CheckpointFailed) -> None:
+        self._failure = failure
+        self._parts.sink.event(f"no checkpoint of step {version.step}: {failure}")

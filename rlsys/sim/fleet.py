@@ -266,11 +266,21 @@ class SimDisk:
 
 
 class SimCheckpoints:
-    """Takes ``save_s`` for a checkpoint; one that is broken off leaves nothing."""
+    """Takes ``copy_s`` and then ``write_s`` for a checkpoint; one that is broken off leaves nothing."""
 
-    def __init__(self, clock: Clock, disk: SimDisk, save_s: float) -> None:
-        self._clock, self._disk, self._save_s = clock, disk, save_s
+    def __init__(self, clock: Clock, disk: SimDisk, copy_s: float, write_s: float) -> None:
+        self._clock, self._disk, self._copy_s, self._write_s = clock, disk, copy_s, write_s
+        self._begun: RunState | None = None
 
-    async def save(self, state: RunState) -> None:
-        await self._clock.sleep(self._save_s)
-        self._disk.states.append(state)
+    async def begin(self, state: RunState) -> None:
+        assert self._begun is None, "two checkpoints at once"
+        await self._clock.sleep(self._copy_s)
+        self._begun = state
+
+    async def finish(self, state: RunState) -> None:
+        assert self._begun is state
+        try:
+            await self._clock.sleep(self._write_s)
+            self._disk.states.append(state)
+        finally:
+            self._begun = None

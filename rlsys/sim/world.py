@@ -44,6 +44,7 @@ class World:
         crashes: engine index to the moment at which it dies.
         machines: where engines can come; without any, those of the start are all.
         wanted: engines that are wanted; None: as many as the machines have room for.
+        save_s, write_s: a checkpoint holds the learner up, and is written beside the training, for so long.
         start_s: an engine comes up in so many seconds.
         shaping: rows of SHAPINGS, parameters bound.
         selection: names and rows of SELECTIONS, parameters bound.
@@ -69,7 +70,8 @@ class World:
     score_s: float = 0.05
     step_s: float = 1.0
     export_s: float = 0.1
-    save_s: float = 0.3
+    save_s: float = 0.1
+    write_s: float = 0.3
     half_life_steps: float = 4.0
     score_timeout_s: float = 60.0
     stall_s: float = 120.0
@@ -161,7 +163,7 @@ def simulate(
                 max_staleness=world.max_staleness, age_policy=world.age_policy, batch=_batch_rule(world)
             ),
             learner=learner,
-            checkpoints=SimCheckpoints(clock, disk, world.save_s),
+            checkpoints=SimCheckpoints(clock, disk, world.save_s, world.write_s),
             make_batch=lambda groups, step: (step, tuple(groups)),
             segments=SegmentPool([f"segment-{number}" for number in range(NUM_SEGMENTS)]),
             sink=sink,

@@ -15,21 +15,21 @@ import xxhash
 
 from rlsys.errors import CheckpointDamaged, ConfigError
 
-_BASE = "base.json"
+BASE_FILE = "base.json"
 _PATTERNS = ("config.json", "*.safetensors", "pytorch_model*.bin")
 # Of a larger file only so many pieces are read, evenly spread: enough to tell one training from another.
 _PIECES, _PIECE_BYTES = 64, 64 << 10
 
 
-def write_base(folder: Path | str, base: Mapping[str, str]) -> None:
-    """Note in the checkpoint ``folder`` which model it needs: the ``fingerprints`` of when it was loaded."""
-    (Path(folder) / _BASE).write_text(json.dumps(dict(base), indent=2) + "\n")
+def base_text(base: Mapping[str, str]) -> str:
+    """Contents of ``BASE_FILE``: which model a checkpoint needs, by the ``fingerprints`` of when it was loaded."""
+    return json.dumps(dict(base), indent=2) + "\n"
 
 
 def check_base(folder: Path | str, model_path: Path | str) -> None:
     """Refuse the checkpoint ``folder`` where it needs another model than that in ``model_path``. Raises ConfigError, or
     CheckpointDamaged where it cannot be told."""
-    path = Path(folder) / _BASE
+    path = Path(folder) / BASE_FILE
     if not path.exists():
         return
     try:

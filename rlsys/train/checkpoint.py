@@ -3,9 +3,12 @@
 ::
 
     layout.json        how it is spread (rank 0); read without torch, so before an actor starts
+    model.json         what the model is (rank 0), likewise
     base.json          which model holds what was not trained (rank 0), where something was not (train/base)
     deepspeed/         weights, optimizer and learning-rate schedule, as DeepSpeed writes them, every rank its part
     rank_<rank>.pt     torch's generators of each rank, and what else it holds of its own
+    critic/            the same for the critic, where there is one
+    universal/         in place of deepspeed/, in a learner that was converted (train/universal)
 """
 
 from __future__ import annotations
@@ -14,15 +17,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlsys.config.schema import TrainSection
-from rlsys.errors import CheckpointDamaged, CheckpointFailed, ConfigError
-from rlsys.train.base import write_base
+from rlsys.errors import CheckpointDamaged, ConfigError
+from rlsys.train.base import BASE_FILE, base_text
 
-_LAYOUT = "layout.json"
-_TAG = "deepspeed"  # DeepSpeed's name for the folder that it writes into
-_WRITE_ERRORS = (OSError, RuntimeError)  # a full disk is the first to Python's files, the second to torch's own
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlsys.train.snapshot import HostMemory, Snapshot
+
+_LAYOUT, MODEL_FILE = "layout.json", "model.json"
+CRITIC_FOLDER = "critic"  # the same once more, below the policy's
+DEEPSPEED_TAG, UNIVERSAL_TAG = "deepspeed", "universal"  # folders, as DeepSpeed is told their names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +54,11 @@ class Layout:
             sequence_parallel=train.sequence_parallel,
         )
 
+    @property
+    def shares_out(self) -> bool:
+        """Whether experts or rows are shared out over processes."""
+        return self.expert_parallel > 1 or self.sequence_parallel > 1
+
 
 def saved_layout(folder: Path | str) -> Layout:
     """The layout of a saved learner. Raises CheckpointDamaged where there is none."""
@@ -56,130 +69,163 @@ def saved_layout(folder: Path | str) -> Layout:
         raise CheckpointDamaged(f"{path} cannot be read: {error}") from error
 
 
-def check_layout(folder: Path | str, layout: Layout) -> None:
-    """Refuse a learner in ``folder`` that was saved under another layout. Raises ConfigError."""
+def model_numbers(folder: Path | str) -> dict[str, Any]:
+    """What tells models of different shapes apart: the architecture, and every whole number of the ``config.json`` of a
+    Hugging Face folder, ids of special tokens aside. Raises OSError and ValueError where it cannot be read."""
+    tree = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    numbers = {"architectures": tree.get("architectures")}
+    for section in (tree, tree.get("text_config") or {}):
+        numbers |= {key: value for key, value in section.items() if type(value) is int and "token_id" not in key}
+    return numbers
+
+
+def is_readable(saved: Layout, wanted: Layout) -> bool:
+    """Whether what was saved under one layout can be read under another as it is: without ZeRO every rank has all."""
+    return saved == wanted or (
+        saved.zero_stage == wanted.zero_stage == 0
+        and saved.tensor_parallel == wanted.tensor_parallel
+        and not (saved.shares_out or wanted.shares_out)
+    )
+
+
+def check_readable(folder: Path | str, layout: Layout) -> None:
+    """Raises ConfigError where the learner in ``folder`` is of another layout and was not converted."""
     saved = saved_layout(folder)
-    for key in ("ranks", "tensor_parallel", "expert_parallel", "sequence_parallel", "zero_stage"):
-        got, wanted = getattr(layout, key), getattr(saved, key)
-        if got != wanted:
-            raise ConfigError(
-                f"train.{key}",
-                str(got),
-                f"{wanted}, as in the checkpoint {folder}",
-                f"Resume with train.{key}={wanted}, or start a new run from the model that the other one saved.",
-            )
+    if not (is_readable(saved, layout) or is_universal(folder)):
+        raise ConfigError("the layout of the learner", str(layout), str(saved), "Convert it first: train/resume.")
 
 
-def save_state(
+def is_universal(folder: Path | str) -> bool:
+    """Whether the learner in ``folder`` was converted into the form that every layout reads."""
+    return (Path(folder) / UNIVERSAL_TAG).is_dir()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """How the writing of a rank's part ended.
+
+    Attributes:
+        seconds: that it took.
+        failure: what went wrong; empty where nothing did.
+    """
+
+    seconds: float
+    failure: str
+
+
+def take_state(
     engine: Any,
     folder: Path | str,
     *,
+    memory: HostMemory,
     rank: int,
     layout: Layout,
     device: str,
     own: Mapping[str, Any],
     base: Mapping[str, str] | None = None,
-) -> None:
-    """Write the state of every rank into ``folder``, which they all see. A collective: all files are there when it
-    returns, on every rank.
+) -> Snapshot:
+    """Copy the state of this rank, to be written into ``folder``, which all ranks see. A collective; no file is
+    touched.
 
     Args:
         engine: DeepSpeed's.
+        memory: of this engine; what was copied into it before is overwritten.
         own: plain values and tensors of this rank, which ``load_state`` gives back.
         base: fingerprints of the files that hold what is frozen, which is left out here; None: nothing is left out.
-
-    Raises:
-        CheckpointFailed: on every rank alike, where one of them could not write. The engine can go on.
     """
-    failure: str | None = None
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        _save_own(Path(folder), rank, layout, device, own)
-        if base is not None and rank == 0:
-            write_base(folder, base)
-    except _WRITE_ERRORS as error:
-        failure = repr(error)
-    _agree(failure, folder, device)
-    writer = _ToldWriter(engine.checkpoint_engine)
-    engine.checkpoint_engine = writer
+    from rlsys.train.snapshot import CheckpointTaker, Snapshot
+    from rlsys.train.universal import optimized_names
+
+    snapshot, left_out = Snapshot(), base is not None
+    if rank == 0:
+        snapshot.texts[Path(folder) / _LAYOUT] = json.dumps(asdict(layout)) + "\n"
+        snapshot.texts[Path(folder) / MODEL_FILE] = json.dumps(model_numbers(engine.module.config.name_or_path))
+        if base is not None:
+            snapshot.texts[Path(folder) / BASE_FILE] = base_text(base)
+    memory.rewind()
+    taker = CheckpointTaker(engine.checkpoint_engine, memory, snapshot)
+    of_rank: dict[str, Any] = {"generators": _generators(device), "own": dict(own)}
+    if layout.zero_stage == 0:
+        of_rank["optimized"] = optimized_names(engine)  # DeepSpeed saves their moments by number
+    taker.save(of_rank, str(rank_path(Path(folder), rank)))
+    wrapped, engine.checkpoint_engine = engine.checkpoint_engine, taker
     engine._copy_recovery_script = _copy_nothing
     try:
-        left_out = base is not None
-        engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=left_out)
+        engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False, exclude_frozen_parameters=left_out)
     finally:
-        engine.checkpoint_engine = writer.wrapped
-    _agree(writer.failure, folder, device)
+        engine.checkpoint_engine = wrapped
+    return snapshot
 
 
-def load_state(engine: Any, folder: Path | str, *, rank: int, device: str) -> Mapping[str, Any]:
-    """Take up the state that ``save_state`` wrote, into a new engine of the same layout. A collective.
+def load_state(engine: Any, folder: Path | str, *, rank: int, layout: Layout, device: str) -> Mapping[str, Any]:
+    """Take up the state of ``take_state`` that was written, into a new engine. A collective.
+
+    A process that there was not yet has the random generators of one that there was.
+
+    Args:
+        layout: of the engine; another one than that of ``folder`` where that ``is_universal`` or ``is_readable``.
 
     Returns:
-        What ``save_state`` was given as ``own``.
+        What ``take_state`` was given as ``own`` there.
 
     Raises:
         CheckpointDamaged: there are no files of DeepSpeed's.
     """
     import torch
 
-    path, _ = engine.load_checkpoint(str(folder), tag=_TAG)
-    if path is None:
-        raise CheckpointDamaged(f"{folder} holds no learner: DeepSpeed finds none of its files in {_TAG}/")
-    of_rank = torch.load(_rank_path(Path(folder), rank), weights_only=True)
+    from rlsys.train.universal import load_universal
+
+    if is_universal(folder):
+        load_universal(engine, folder, layout.zero_stage)
+    elif engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)[0] is None:
+        raise CheckpointDamaged(f"{folder} holds no learner: DeepSpeed finds none of its files in {DEEPSPEED_TAG}/")
+    saved = saved_layout(folder)
+    before = rank_before(rank, layout, saved)
+    of_rank = torch.load(rank_path(Path(folder), before), weights_only=True)
     torch.set_rng_state(of_rank["generators"]["cpu"])
     if device == "cuda":
         torch.cuda.set_rng_state(of_rank["generators"]["cuda"])
-    own: Mapping[str, Any] = of_rank["own"]
+    own: dict[str, Any] = of_rank["own"]
+    if is_universal(folder) and "reference" in own and saved.zero_stage == 3:
+        own["reference"] = _joined_reference(Path(folder), saved, before % saved.tensor_parallel)
     return own
 
 
-class _ToldWriter:
-    """DeepSpeed's writer of files, except that a failure is kept instead of raised.
+def rank_before(rank: int, layout: Layout, saved: Layout) -> int:
+    """The process of the saved learner whose place this one takes: the same one where there was one.
 
-    ``save_checkpoint`` is a row of collectives with a write between two of them: a rank that raised would leave the
-    others waiting for it until the deadline.
-
-    The failure is kept as text. The error itself would keep torch's half-done writer alive, and that flushes what it
-    still holds when it goes: into a file of the same name that was written since.
+    Example:
+        >>> rank_before(3, Layout(ranks=2, zero_stage=1, tensor_parallel=2), Layout(ranks=2, zero_stage=1))
+        1
     """
+    if layout == saved:
+        return rank
+    data_rank, part = divmod(rank, layout.tensor_parallel)
+    return data_rank % saved.ranks * saved.tensor_parallel + part % saved.tensor_parallel
 
-    def __init__(self, wrapped: Any) -> None:
-        self.wrapped = wrapped
-        self.failure: str | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.wrapped, name)
+def _joined_reference(folder: Path, saved: Layout, part: int) -> list[Tensor]:
+    """The shards of all data-parallel ranks put together, flat, with the padding of the last one."""
+    import torch
 
-    def save(self, state_dict: Any, path: str) -> None:
-        try:
-            self.wrapped.save(state_dict, path)
-        except _WRITE_ERRORS as error:
-            self.failure = repr(error)
+    paths = [rank_path(folder, data_rank * saved.tensor_parallel + part) for data_rank in range(saved.ranks)]
+    shards = [torch.load(path, weights_only=True)["own"]["reference"] for path in paths]
+    return [torch.cat([shard.flatten() for shard in of_parameter]) for of_parameter in zip(*shards, strict=True)]
 
 
 def _copy_nothing(folder: str) -> None:
     """In place of DeepSpeed's copying of two of its own scripts into every checkpoint."""
 
 
-def _save_own(folder: Path, rank: int, layout: Layout, device: str, own: Mapping[str, Any]) -> None:
+def _generators(device: str) -> dict[str, Any]:
     import torch
 
-    if rank == 0:
-        (folder / _LAYOUT).write_text(json.dumps(asdict(layout)) + "\n")
     generators = {"cpu": torch.get_rng_state()}
     if device == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state()
-    torch.save({"generators": generators, "own": dict(own)}, _rank_path(folder, rank))
+    return generators
 
 
-def _rank_path(folder: Path, rank: int) -> Path:
+def rank_path(folder: Path, rank: int) -> Path:
+    """What is a process's own."""
     return folder / f"rank_{rank}.pt"
-
-
-def _agree(failure: str | None, folder: Path | str, device: str) -> None:
-    """Raise on every rank where one of them failed. A collective."""
-    from rlsys.train import parallel
-
-    if parallel.on_any_rank(failure is not None, device):
-        what = failure or "another rank failed"
-        raise CheckpointFailed(f"the learner's part of {folder} could not be written: {what}. Free space there.")

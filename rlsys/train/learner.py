@@ -24,7 +24,7 @@ from rlsys.config.schema import TrainSection
 from rlsys.records import Version
 from rlsys.train import parallel
 from rlsys.train.base import check_base
-from rlsys.train.checkpoint import Layout, check_layout
+from rlsys.train.checkpoint import CRITIC_FOLDER, Layout, Written, check_readable
 from rlsys.train.critic import Critic, CriticPlan
 from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.experts import Routers
@@ -36,11 +36,11 @@ from rlsys.train.objective import Objective
 from rlsys.train.policy import base_below, load_policy
 from rlsys.train.reference import ReferenceBase, ReferenceCopy
 from rlsys.train.sameness import check_is_same_model, has_plain_head, tried
+from rlsys.train.snapshot import BackgroundWriter
 from rlsys.train.terms import MovingTerms
 from rlsys.train.trained import Trained
 
 Inputs = dict[str, Any]  # of one microbatch, by the names of the legend of algo/rows.py
-_CRITIC = "critic"  # folder of its state below the policy's
 
 
 class LearnerRank:
@@ -82,6 +82,7 @@ class LearnerRank:
         self._deepspeed = parallel.load_deepspeed(self._device)
         self._terms = MovingTerms({"kl": objective.kl.term if objective.kl else None, "entropy": objective.entropy})
         self._critic_plan = critic
+        self._writer = BackgroundWriter()
         self._policy: Any = None  # Trained, once started
         self._head: LeanHead | None = None
         self._critic: Critic | None = None
@@ -104,15 +105,15 @@ class LearnerRank:
             checkpoint: folder of an earlier ``save_checkpoint``; None starts from the model.
 
         Raises:
-            ConfigError: ``train.deepspeed`` contradicts us; or the checkpoint is of other ranks or another ZeRO stage
-                or another model below what it holds (told before anything is loaded).
+            ConfigError: ``train.deepspeed`` contradicts us; or the checkpoint is of another layout and was not
+                converted, or needs another model below it (told before anything is loaded).
             CheckpointDamaged: there is no checkpoint in ``checkpoint``.
         """
         deepspeed_config(self._train, device=self._device)  # refuses before anybody is met
         layout = Layout.of(self._train, world_size=world_size)
         self._rank = rank
         if checkpoint is not None:
-            check_layout(checkpoint, layout)
+            check_readable(checkpoint, layout)
             check_base(checkpoint, self._model_path)
         parallel.join(
             self._deepspeed,
@@ -178,11 +179,11 @@ class LearnerRank:
 
     def _load(self, checkpoint: str) -> None:
         if self._critic is not None:
-            self._critic.trained.load(os.path.join(checkpoint, _CRITIC))
+            self._critic.trained.load(os.path.join(checkpoint, CRITIC_FOLDER))
         own = self._policy.load(checkpoint)  # last: it sets the random generators
         self._terms.restore(own["terms"])
         if isinstance(self._reference, ReferenceCopy) and "reference" in own:
-            self._reference.restore(own["reference"])
+            self._reference.restore(own["reference"], self._rank // self._train.tensor_parallel)
 
     def stop(self) -> None:
         """Let go of the models and of the other ranks; ``start`` may follow, with a new port."""
@@ -291,14 +292,20 @@ class LearnerRank:
             self._policy.save_adapter(folder)
 
     def save_checkpoint(self, folder: str) -> None:
-        """Write everything that a later ``start`` needs to go on bit for bit. The files are there when it returns, not
-        yet synced to the disk. Raises CheckpointFailed on every rank alike; the learner can go on."""
+        """Copy everything that a later ``start`` needs to go on bit for bit, and begin to write the copy. The one
+        before is written by now."""
         own: dict[str, Any] = {"terms": self._terms.state()}
         if isinstance(self._reference, ReferenceCopy) and self._refresh_steps:
             own["reference"] = self._reference.state()
-        self._policy.save(folder, own)
+        taken = [self._policy.take(folder, own)]
         if self._critic is not None:
-            self._critic.trained.save(os.path.join(folder, _CRITIC), {})
+            taken.append(self._critic.trained.take(os.path.join(folder, CRITIC_FOLDER), {}))
+        self._writer.write(taken)
+
+    def checkpoint_written(self, wait_s: float = 0.0) -> Written | None:
+        """How this rank's part of the last checkpoint was written; None where that is still under way after ``wait_s``
+        seconds. No collective."""
+        return self._writer.written(wait_s)
 
     def probe_logprobs(self, token_ids: Sequence[Sequence[int] | NDArray[np.int32]]) -> list[NDArray[np.float32]]:
         """Log-probabilities of given sequences at temperature 1: for each float32 [T], 0 at its first token."""

@@ -83,9 +83,14 @@ class ReferenceCopy:
         """This rank's part of the weights, to be saved."""
         return [_part(parameter) for parameter in self._parameters]
 
-    def restore(self, state: list[Tensor]) -> None:
+    def restore(self, state: list[Tensor], data_rank: int) -> None:
+        """Take up what ``state`` gave to this rank, or the whole of what it gave to all ranks, one after another."""
         for own, saved in zip(self._parameters, state, strict=True):
-            _part(own).copy_(saved)
+            part, flat = _part(own), saved.flatten()
+            if flat.numel() != part.numel():
+                first = data_rank * part.numel() if hasattr(own, "ds_tensor") else 0
+                flat = flat[first : first + part.numel()]
+            part.flatten()[: flat.numel()].copy_(flat)  # the last shard may end in padding
 
     def destroy(self) -> None:
         if self._engine is not None:

@@ -16,13 +16,14 @@ from rlsys.config.schema import TrainSection
 from rlsys.errors import Diverged
 from rlsys.records import Version
 from rlsys.train import parallel
-from rlsys.train.checkpoint import Layout, load_state, save_state
+from rlsys.train.checkpoint import Layout, load_state, take_state
 from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.expert_parallel import is_expert_parallel, is_part_of_experts
 from rlsys.train.export import full_weights
 from rlsys.train.frozen import leave_out_frozen
 from rlsys.train.lora import adapter_weights, save_adapter
 from rlsys.train.sequence_parallel import SequenceParallel
+from rlsys.train.snapshot import HostMemory, Snapshot
 
 
 class Trained:
@@ -51,6 +52,7 @@ class Trained:
     ) -> None:
         self._deepspeed, self._device, self._rank, self._layout = deepspeed, device, rank, layout
         self._base = base
+        self._memory = HostMemory()
         config = deepspeed_config(train, device=device)
         if whole_logits:
             config["tensor_parallel"]["vocab_parallel_lm_head"] = False
@@ -172,11 +174,12 @@ class Trained:
         stage = self._layout.zero_stage
         save_adapter(self.module, folder, deepspeed=self._deepspeed, zero_stage=stage, rank=self._rank)
 
-    def save(self, folder: str, own: Mapping[str, Any]) -> None:
-        """See ``save_state``."""
-        save_state(
+    def take(self, folder: str, own: Mapping[str, Any]) -> Snapshot:
+        """See ``take_state``. The snapshot before it is overwritten."""
+        return take_state(
             self._engine,
             folder,
+            memory=self._memory,
             rank=self._rank,
             layout=self._layout,
             device=self._device,
@@ -186,7 +189,7 @@ class Trained:
 
     def load(self, folder: str) -> Mapping[str, Any]:
         """See ``load_state``."""
-        return load_state(self._engine, folder, rank=self._rank, device=self._device)
+        return load_state(self._engine, folder, rank=self._rank, layout=self._layout, device=self._device)
 
     def destroy(self) -> None:
         self._engine.destroy()

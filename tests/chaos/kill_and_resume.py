@@ -30,6 +30,7 @@ TAG = "RLSYS_CHAOS_TAG"  # in the environment of every process that descends fro
 GONE_WITHIN_S = 90.0  # agents of Ray look for their parent once in a while
 END_WITHIN_S = 600.0
 STEPS, PROMPTS, GROUP = 40, 4, 4
+EVERY_STEPS = 5  # a checkpoint
 SHM = Path("/dev/shm")
 CONFIG = """
 run: {{name: {name}, root: {root}, steps: {steps}}}
@@ -38,7 +39,7 @@ data: {{task: {{name: reversed_sum}}, eval_questions: 20}}
 rollout: {{max_staleness: 1, group_size: {group}, max_tokens: 6, slots: 64}}
 train: {{prompts_per_batch: {prompts}, lr: 1.0e-4}}
 eval: {{every_steps: 5}}
-checkpoint: {{every_steps: 5}}
+checkpoint: {{every_steps: {every}}}
 ray: {{dashboard: false}}
 """
 
@@ -53,8 +54,8 @@ class Run:
     output: Path
     others: frozenset[Path]  # what lay in shared memory before
 
-    def start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "rlsys", "train", str(self.config), "--resume"]
+    def start(self, *overrides: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "rlsys", "train", str(self.config), *overrides, "--resume"]
         with self.output.open("ab") as output:
             return subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, TAG: self.tag})
 
@@ -76,7 +77,8 @@ class Run:
 def make_run(root: Path, name: str, model: str) -> Run:
     config = root / f"{name}.yaml"
     config.write_text(
-        CONFIG.format(name=name, root=root, model=model, steps=STEPS, prompts=PROMPTS, group=GROUP), encoding="utf-8"
+        CONFIG.format(name=name, root=root, model=model, steps=STEPS, prompts=PROMPTS, group=GROUP, every=EVERY_STEPS),
+        encoding="utf-8",
     )
     return Run(
         folder=root / name,
@@ -105,6 +107,30 @@ def kill_once(run: Run, chance: random.Random) -> str | None:
     if driver.poll() is not None:
         assert driver.returncode == 0, f"the run failed by itself:\n{_tail(run.output)}"
         return None
+    _kill(run, driver)
+    trained = last_version(run.folder / "commits.jsonl")
+    return f"in {'its training' if in_training else 'its start'}, last trained version {trained or 'none'}"
+
+
+def kill_in_a_save(run: Run, after: int) -> int:
+    """Start the run, and kill it while it writes a checkpoint of a step above ``after``. Returns that step."""
+    driver = run.start()
+
+    def saved_step() -> int:
+        assert driver.poll() is None, f"no checkpoint could be caught:\n{_tail(run.output)}"
+        begun = (int(path.name.split(".")[1][5:]) for path in (run.folder / "checkpoints").glob(".step_*.partial"))
+        return max((step for step in begun if step > after), default=0)
+
+    while True:
+        wait_until(saved_step, END_WITHIN_S, "a checkpoint to be written", every_s=0.001)
+        driver.send_signal(signal.SIGSTOP)  # it commits no more; was it too quick, the next one is waited for
+        if step := saved_step():
+            _kill(run, driver)
+            return step
+        driver.send_signal(signal.SIGCONT)
+
+
+def _kill(run: Run, driver: subprocess.Popen[bytes]) -> None:
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     wait_until(
@@ -113,13 +139,11 @@ def kill_once(run: Run, chance: random.Random) -> str | None:
     wait_until(
         lambda: not run.shared_memory(), GONE_WITHIN_S, "shared memory to be freed", lambda: str(run.shared_memory())
     )
-    trained = last_version(run.folder / "commits.jsonl")
-    return f"in {'its training' if in_training else 'its start'}, last trained version {trained or 'none'}"
 
 
-def finish(run: Run) -> None:
+def finish(run: Run, *overrides: str) -> None:
     """Resume until the run has ended by itself, and check what it left."""
-    driver = run.start()
+    driver = run.start(*overrides)
     assert driver.wait(END_WITHIN_S) == 0, _tail(run.output)
     check(run)
 
@@ -179,11 +203,11 @@ def _trains(run: Run, seen_before: int) -> bool:
     return text.count("eval_before") > seen_before or "step " in life
 
 
-def wait_until(until, seconds: float, who: str, state=lambda: "") -> None:
+def wait_until(until, seconds: float, who: str, state=lambda: "", every_s: float = 0.1) -> None:
     deadline = time.monotonic() + seconds
     while not until():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {who} {state()}"
-        time.sleep(0.1)
+        time.sleep(every_s)
 
 
 def _tail(path: Path, lines: int = 20) -> str:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import rlsys
-from tests.integration.test_real_run import write_config
+from tests.integration.test_real_run import check_plain_engines_agree, write_config
 
 pytestmark = pytest.mark.engines
 
@@ -38,3 +38,4 @@ def test_engines_get_the_weights_of_a_learner_whose_layers_are_cut(tmp_path, mod
     first = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for (name, after), (_, before) in zip(trained.named_parameters(), first.named_parameters(), strict=True):
         assert after.shape == before.shape and not torch.equal(after, before), name
+    check_plain_engines_agree(result.folder / "model", model)

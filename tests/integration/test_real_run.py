@@ -97,12 +97,16 @@ def test_sampled_rollouts_are_kept(asynchronous):
 
 
 def test_the_exported_model_loads_in_plain_transformers_and_plain_vllm_with_equal_logprobs(asynchronous, model):
+    check_plain_engines_agree(asynchronous.folder / "model", model)
+
+
+def check_plain_engines_agree(folder: Path, first_model: Path) -> None:
+    """A trained model's folder, in plain transformers and in plain vLLM; it is another one than the first."""
     import subprocess
     import sys
 
-    folder = asynchronous.folder / "model"
     trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    first = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    first = AutoModelForCausalLM.from_pretrained(first_model, dtype=torch.float32)
     assert not torch.equal(trained.get_input_embeddings().weight, first.get_input_embeddings().weight)
     token_ids = list(range(5, 45))
     with torch.no_grad():

@@ -39,6 +39,7 @@ worlds = st.builds(
     score_s=st.sampled_from([0.0, 0.3]),
     step_s=st.sampled_from([0.05, 1.0, 4.0]),
     export_s=st.sampled_from([0.0, 0.5]),
+    write_s=st.sampled_from([0.0, 0.3, 9.0]),
     crashes=st.dictionaries(st.integers(0, 2), st.floats(0.0, 60.0), max_size=2),
     greedy_baseline=st.booleans(),
     shaping=st.sampled_from([(), (partial(overlong_penalty, buffer=8),)]),

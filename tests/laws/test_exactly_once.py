@@ -18,7 +18,7 @@ from tests.sim.chance import score_by_chance
 
 WORLD = World(steps=4, prompts_per_batch=2, group_size=2, num_questions=6, num_eval=2, slots=4, tokens_per_s=4.0)
 STAGES = ("fleet.play", "fleet.load", "scorer.score", "buffer.put", "buffer.take", "buffer.commit", "buffer.groups",
-          "learner.step", "learner.export", "checkpoints.save")  # fmt: skip
+          "learner.step", "learner.export", "checkpoints.begin", "checkpoints.finish")  # fmt: skip
 
 
 class Killed(Exception):
@@ -109,15 +109,16 @@ def test_the_law_holds_for_a_kill_at_the_beginning_or_the_end_of_every_single_ca
     seed=st.integers(0, 5),
     selection=st.sampled_from([(), (("zero_variance", zero_variance),)]),
     greedy=st.booleans(),
+    write_s=st.sampled_from([0.3, 3.0]),
 )
 @settings(max_examples=60)
 def test_the_law_holds_for_kills_after_kills_in_any_world(
-    kills, max_staleness, every, crashes, seed, selection, greedy
+    kills, max_staleness, every, crashes, seed, selection, greedy, write_s
 ):
     world = World(
         steps=6, prompts_per_batch=3, group_size=2, num_questions=7, num_eval=2, slots=6, tokens_per_s=4.0, seed=seed,
         max_staleness=max_staleness, checkpoint_every_steps=every, crashes=crashes, selection=selection,
-        greedy_baseline=greedy,
+        greedy_baseline=greedy, write_s=write_s,
     )  # fmt: skip
     disk = SimDisk()
     report = None
@@ -210,14 +211,15 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on():
     disk = SimDisk()
 
     def full_disk(loops, fleet):
-        save = loops.parts.checkpoints.save
+        finish = loops.parts.checkpoints.finish
 
         async def refuse(state):
+            await finish(state)
             if state.version.step == 2:
+                disk.states.pop()
                 raise CheckpointFailed("no space left on device")
-            await save(state)
 
-        loops.parts.checkpoints.save = refuse
+        loops.parts.checkpoints.finish = refuse
 
     report = simulate(WORLD, full_disk, disk)
     check_exactly_once(disk, report, WORLD)

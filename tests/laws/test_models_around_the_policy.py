@@ -314,11 +314,18 @@ def test_a_teachers_word_on_sampled_tokens_is_taken_off_the_advantages(ranks, mo
 # --- resume
 
 
-@pytest.mark.parametrize(("zero_stage", "lora"), [(0, None), (3, None), (2, {"r": 2})])
-def test_everything_around_the_policy_goes_on_where_it_was_saved(model_path, samples, tmp_path: Path, zero_stage, lora):
-    """Three batches in one life, and one, then two in another: the same to the last bit."""
+@pytest.mark.parametrize(
+    ("zero_stage", "then", "lora"),
+    [(0, 0, None), (3, 3, None), (2, 2, {"r": 2}), (0, 3, None), (3, 1, None), (2, 3, {"r": 2}), (3, 0, {"r": 2})],
+)
+def test_everything_around_the_policy_goes_on_where_it_was_saved(
+    model_path, samples, tmp_path: Path, zero_stage, then, lora
+):
+    """Three batches in one life, and one, then two in another, under the ZeRO stage ``then``: the same, to the last bit
+    where that has not changed."""
     from rlsys.algo import COEFFICIENTS
     from rlsys.train.learner import LearnerRank
+    from rlsys.train.resume import convert
 
     control = partial(COEFFICIENTS["adaptive_kl"], target=1e-3, horizon=float(len(samples)))
     divergence = Divergence(
@@ -340,10 +347,10 @@ def test_everything_around_the_policy_goes_on_where_it_was_saved(model_path, sam
         for index in range(3)
     ]
 
-    def life(first: int, checkpoint: str | None, save_after: int | None) -> list[dict[str, float]]:
+    def life(stage: int, first: int, checkpoint: str | None, save_after: int | None) -> list[dict[str, float]]:
         learner = LearnerRank(
             model_path=model_path,
-            train=section(zero_stage, 1, lr=1e-3, deepspeed={}, lora=lora),
+            train=section(stage, 1, lr=1e-3, deepspeed={}, lora=lora),
             temperature=1.0,
             objective=objective,
             critic=critic_plan(model_path, lr=1e-3),
@@ -357,12 +364,18 @@ def test_everything_around_the_policy_goes_on_where_it_was_saved(model_path, sam
                 metrics.append(learner.step(packed[index]))
                 if index == save_after:
                     learner.save_checkpoint(str(tmp_path / "saved"))
+                    assert learner.checkpoint_written(60.0).failure == ""
         finally:
             learner.stop()
         return [{k: v for k, v in own.items() if not k.startswith("timing_s/")} for own in metrics]
 
-    whole = life(0, None, save_after=0)
-    assert life(1, str(tmp_path / "saved"), None) == whole[1:]
+    whole = life(zero_stage, 0, None, save_after=0)
+    saved = tmp_path / "saved"
+    if then != zero_stage:
+        convert(saved, tmp_path / "converted", timeout_s=120.0)
+        saved = tmp_path / "converted"
+    for mine, theirs in zip(life(then, 1, str(saved), None), whole[1:], strict=True):
+        assert mine == (theirs if then == zero_stage else pytest.approx(theirs, abs=1e-5, rel=1e-4))
     assert whole[2]["actor/kl_coef"] != whole[0]["actor/kl_coef"]
 
 

@@ -178,7 +178,7 @@ def run_system(rank: LearnerRank) -> tuple[OwnLearner, Loops]:
         learner=learner,
         make_batch=make_batch,
         segments=SegmentPool(["a", "b"]),
-        checkpoints=SimCheckpoints(clock, disk, save_s=0.0),
+        checkpoints=SimCheckpoints(clock, disk, copy_s=0.0, write_s=0.0),
         sink=RecordingSink(disk),
         clock=clock,
     )

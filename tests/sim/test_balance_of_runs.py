@@ -17,6 +17,7 @@ def run_with(trainer_cores: int) -> SimReport:
             step_s=STEP_S / trainer_cores,
             export_s=0.02,
             save_s=0.0,
+            write_s=0.0,
             score_s=0.0,
             replicas=CORES - trainer_cores,
             num_questions=500,

@@ -122,7 +122,8 @@ def test_what_an_earlier_attempt_left_is_removed_and_nothing_else(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     save(store, 1)
     fill(store.begin(2), 2)
-    (tmp_path / ".step_0.removed").mkdir()
+    for left in ("removed", "converted", "converted.partial"):
+        (tmp_path / f".step_0.{left}").mkdir()
     (tmp_path / ".step_notes").write_text("mine")
     (tmp_path / "step_notes").mkdir()
     assert store.newest().step == 1

@@ -194,7 +194,7 @@ def test_the_jobs_command_is_one_process_of_the_senders_python_or_else_of_the_he
 
 
 def test_a_stopped_job_has_time_for_a_step_and_a_checkpoint_and_the_end(config):
-    assert jobs.stop_wait_s(config) == 181 + 60
+    assert jobs.stop_wait_s(config) == 272 + 60
 
 
 def test_a_job_gets_the_resolved_config_alone_and_its_run_folder_lies_elsewhere(monkeypatch, config):
@@ -203,7 +203,7 @@ def test_a_job_gets_the_resolved_config_alone_and_its_run_folder_lies_elsewhere(
     (sent,) = api.sent
     assert api.configs == [config]
     assert not Path(sent["runtime_env"]["working_dir"]).exists()
-    assert sent["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "241"}
+    assert sent["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "332"}
     assert sent["metadata"] == {"job_name": "mine", "run_folder": "/shared/runs/mine"}
     assert sent["submission_id"].startswith("mine-") and sent["entrypoint"].endswith(" --resume")
 

@@ -95,7 +95,17 @@ def test_a_run_that_trained_nothing_may_be_started_again(run):
 
 
 @pytest.mark.parametrize(
-    "change", ["run.steps=999", "eval.every_steps=3", "rollout.replicas=2", "rollout.timeout_s=7", "checkpoint.keep=5"]
+    "change",
+    [
+        "run.steps=999",
+        "eval.every_steps=3",
+        "rollout.replicas=2",
+        "rollout.timeout_s=7",
+        "checkpoint.keep=5",
+        "train.ranks=2",
+        "train.tensor_parallel=2",
+        "train.zero_stage=3",
+    ],
 )
 def test_a_resumed_run_may_change_how_far_it_goes_and_what_it_runs_on(run, change):
     config, _ = run
@@ -104,7 +114,7 @@ def test_a_resumed_run_may_change_how_far_it_goes_and_what_it_runs_on(run, chang
 
 
 @pytest.mark.parametrize(
-    "change", ["run.seed=5", "rollout.max_staleness=3", "train.lr=1.0", "train.ranks=2", "data.eval_questions=7"]
+    "change", ["run.seed=5", "rollout.max_staleness=3", "train.lr=1.0", "train.lora={r: 4}", "data.eval_questions=7"]
 )
 def test_a_resumed_run_may_not_change_what_it_learns_from_and_how(run, change):
     config, _ = run

@@ -17,8 +17,11 @@ class FileLearner:
     """Writes a file in place of weights."""
 
     async def save_checkpoint(self, folder: str) -> None:
-        Path(folder).mkdir()
-        (Path(folder) / "weights").write_text("weights")
+        self.folder = Path(folder)
+
+    async def checkpoint_written(self) -> None:
+        self.folder.mkdir()
+        (self.folder / "weights").write_text("weights")
 
 
 def state_at(source, step: int) -> RunState:
@@ -47,7 +50,15 @@ def run(tmp_path):
 
 
 def save(store, log, state, learner=None):
-    asyncio.run(RunCheckpoints(store, learner or FileLearner(), log.sync).save(state))
+    write(RunCheckpoints(store, learner or FileLearner(), log.sync), state)
+
+
+def write(checkpoints, state):
+    async def both():
+        await checkpoints.begin(state)
+        await checkpoints.finish(state)
+
+    asyncio.run(both())
 
 
 def new_source():
@@ -112,9 +123,9 @@ def test_other_data_than_that_of_the_run_is_refused(run):
 def test_a_checkpoint_that_fails_half_way_leaves_nothing_and_the_one_before_stands(run):
     store, log, commits = run
 
-    class FullDisk:
-        async def save_checkpoint(self, folder: str) -> None:
-            Path(folder).mkdir()
+    class FullDisk(FileLearner):
+        async def checkpoint_written(self) -> None:
+            await super().checkpoint_written()
             raise CheckpointFailed("no space left")
 
     source = new_source()
@@ -132,5 +143,5 @@ def test_no_checkpoint_counts_before_the_draws_it_has_trained_are_on_the_disk(ru
         raise OSError("no space left on device")
 
     with pytest.raises(CheckpointFailed, match="no space left"):
-        asyncio.run(RunCheckpoints(store, FileLearner(), refuse).save(state_at(new_source(), 2)))
+        write(RunCheckpoints(store, FileLearner(), refuse), state_at(new_source(), 2))
     assert store.newest() is None
