@@ -12,6 +12,7 @@ from rlsys.config.schema import Config
 from rlsys.models.tiny import tiny_model_path
 from rlsys.plan import facts
 from rlsys.plan.facts import Found
+from rlsys.plan.memory import check_memory
 from rlsys.plan.references import check_references
 from rlsys.plan.space import check_space
 
@@ -40,8 +41,9 @@ def preflight(config: Config, *, resume: bool = False) -> Preflight:
     """
     check_sections(config, resume=resume)
     found = check_references(config)
-    space = facts.of_space(config, check_space(config))
-    return Preflight(found=found, sentences=[*facts.of_run(config), *facts.of_references(config, found), space])
+    sequence = found.longest_prompt_tokens + config.rollout.max_tokens
+    room = [facts.of_space(config, check_space(config)), facts.of_memory(check_memory(config, sequence))]
+    return Preflight(found=found, sentences=[*facts.of_run(config), *facts.of_references(config, found), *room])
 
 
 def run_inputs(config: Config, found: Found) -> Inputs:
