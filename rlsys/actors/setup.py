@@ -35,6 +35,7 @@ from rlsys.controller.deadline import within
 from rlsys.controller.loops import Loops
 from rlsys.controller.parts import Parts
 from rlsys.controller.plan import Plan
+from rlsys.models.shape import shape_of
 from rlsys.observe.sink import RunSink
 from rlsys.records import RolloutGroup, Version
 from rlsys.reward.load import is_async_reward, load_reward
@@ -227,6 +228,7 @@ def make_batch(config: Config, inputs: Inputs, incarnation: int, groups: Sequenc
         tokens_per_microbatch=config.train.tokens_per_microbatch,
         pad_token_id=inputs.pad_token_id,
         version=Version(incarnation=incarnation, step=step),
+        cost=shape_of(inputs.model_path).token_cost,
     )
 
 

@@ -1,4 +1,5 @@
-"""Samples to microbatches: short samples share rows, rows are dealt evenly, every rank gets as many microbatches.
+"""Samples to microbatches: samples are dealt evenly by what they cost, each rank lays its own out in rows, and every
+rank gets as many microbatches.
 
 Legend: T tokens of one sample, R rows, L tokens of a row. The result depends on the arguments alone.
 """
@@ -14,11 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rlsys.batch.balance import balanced
+from rlsys.batch.cost import BY_TOKENS, TokenCost
+from rlsys.batch.rows import Layout, Row, lay_out
 from rlsys.batch.tensors import Batch, Microbatch, RankBatch, RankPart, Segment, TeacherTensors
 from rlsys.errors import ConfigError
 from rlsys.records import Sample, Version, steps_of
-
-Row = list[int]  # indices of the samples that share a row, in their order in it
 
 _EMPTY_LENGTH = 2  # tokens of a row that only keeps ranks in step; next-token prediction needs two
 
@@ -31,12 +33,14 @@ def pack(
     tokens_per_microbatch: int,
     pad_token_id: int,
     version: Version,
+    cost: TokenCost = BY_TOKENS,
 ) -> Batch:
     """Cut ``samples`` into ``steps_per_batch`` disjoint parts of near equal size (fewer where there are fewer samples),
-    each into rows, and deal the rows to ``ranks``.
+    deal each to ``ranks``, and lay out what a rank has in rows.
 
     Args:
         version: the version that is trained.
+        cost: of the model that is trained.
 
     Raises:
         ConfigError: a sample is longer than ``tokens_per_microbatch``.
@@ -49,53 +53,58 @@ def pack(
         _check(sample, tokens_per_microbatch)
     if len({sample.teacher is None for sample in samples}) > 1:
         raise ValueError("the teacher scored some samples of the batch and others not")
-    layout = _Layout(samples, tokens_per_microbatch, pad_token_id, version)
-    parts = [
-        layout.deal([int(index) for index in indices], ranks)
+    tensors = _Tensors(samples, pad_token_id, version)
+    lengths = [len(sample.token_ids_T) for sample in samples]
+    cuts = [
+        _dealt([int(index) for index in indices], lengths, ranks, tokens_per_microbatch, cost)
         for indices in np.array_split(np.arange(len(samples)), steps_per_batch)
         if len(indices)
     ]
-    num_tokens = sum(len(sample.token_ids_T) for sample in samples)
+    parts = [[tensors.part(rows, cut) for rows in _in_step(cut)] for cut in cuts]
     return Batch(
         ranks=tuple(
             RankBatch(
                 version=version,
                 parts=tuple(part[rank] for part in parts),
-                num_tokens=num_tokens,
+                num_tokens=sum(lengths),
                 num_samples=len(samples),
+                balance=_balance(cuts),
             )
             for rank in range(ranks)
         )
     )
 
 
-def fill_rows(lengths: Sequence[int], capacity: int) -> list[Row]:
-    """First-fit decreasing: rows of at most ``capacity`` tokens, each a list of indices into ``lengths``.
-
-    Longest first, equal lengths in their order, each into the first row with room.
-    """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    room = np.zeros(len(lengths), dtype=np.int64)
-    rows: list[Row] = []
-    for index in order.tolist():
-        fitting = room[: len(rows)] >= lengths[index]
-        row = int(fitting.argmax()) if fitting.any() else len(rows)
-        if row == len(rows):
-            rows.append([])
-            room[row] = capacity
-        rows[row].append(index)
-        room[row] -= lengths[index]
-    return rows
+def _dealt(indices: Sequence[int], lengths: Sequence[int], ranks: int, budget: int, cost: TokenCost) -> list[Layout]:
+    """Of one optimizer step of the samples ``indices``: what each rank has."""
+    layouts = []
+    for own in balanced([cost.of(lengths[index]) for index in indices], ranks):
+        of_rank = [indices[position] for position in own]
+        found = lay_out([lengths[index] for index in of_rank], budget, cost)
+        rows = tuple(
+            tuple([of_rank[place] for place in row] for row in microbatch) for microbatch in found.microbatches
+        )
+        layouts.append(Layout(microbatches=rows, cost=found.cost))
+    return layouts
 
 
-class _Layout:
+def _in_step(layouts: Sequence[Layout]) -> list[list[Sequence[Row]]]:
+    """Of each rank its microbatches, empty ones behind them where another rank has more."""
+    most = max(len(layout.microbatches) for layout in layouts)
+    return [[*layout.microbatches, *[()] * (most - len(layout.microbatches))] for layout in layouts]
+
+
+def _balance(cuts: Sequence[Sequence[Layout]]) -> float:
+    """Ranks wait for the dearest of them in every optimizer step."""
+    costs = [[layout.cost for layout in cut] for cut in cuts]
+    return sum(sum(of_ranks) / len(of_ranks) for of_ranks in costs) / sum(max(of_ranks) for of_ranks in costs)
+
+
+class _Tensors:
     """The samples of a batch, and how they become tensors."""
 
-    def __init__(
-        self, samples: Sequence[Sample], tokens_per_microbatch: int, pad_token_id: int, version: Version
-    ) -> None:
+    def __init__(self, samples: Sequence[Sample], pad_token_id: int, version: Version) -> None:
         self._samples = samples
-        self._budget = tokens_per_microbatch
         self._pad_token_id = pad_token_id
         self._version = version
         self._keys = [_key(sample.rollout_id, version) for sample in samples]
@@ -108,33 +117,12 @@ class _Layout:
         teacher = samples[0].teacher
         self._num_candidates = None if teacher is None else teacher.candidate_ids_TK.shape[1]
 
-    def deal(self, indices: Sequence[int], ranks: int) -> tuple[RankPart, ...]:
-        """One optimizer step of the samples ``indices``: each rank's part.
-
-        A row holds as many tokens as the longest sample. Rows go to the ranks in a snake by their tokens, and each
-        rank's rows, longest first, into equally many microbatches, so that rows of like length meet.
-        """
-        lengths = [len(self._samples[index].token_ids_T) for index in indices]
-        capacity = max(lengths)
-        rows = [[indices[position] for position in row] for row in fill_rows(lengths, capacity)]
-        rows.sort(key=self._num_tokens, reverse=True)
-        rows_by_rank: list[list[Row]] = [[] for _ in range(ranks)]
-        for position, row in enumerate(rows):
-            turn, place = divmod(position, ranks)
-            rows_by_rank[place if turn % 2 == 0 else ranks - 1 - place].append(row)
-
-        rows_per_microbatch = self._budget // capacity
-        num_microbatches = max(-(-len(own) // rows_per_microbatch) for own in rows_by_rank)
-        num_weighted_tokens = sum(int(np.count_nonzero(self._samples[index].weight_mask_T)) for index in indices)
-        return tuple(
-            RankPart(
-                microbatches=tuple(
-                    self.microbatch([own[position] for position in chunk])
-                    for chunk in np.array_split(np.arange(len(own)), num_microbatches)
-                ),
-                num_weighted_tokens=num_weighted_tokens,
-            )
-            for own in rows_by_rank
+    def part(self, microbatches: Sequence[Sequence[Row]], cut: Sequence[Layout]) -> RankPart:
+        """One rank's share of an optimizer step that all of ``cut`` is of."""
+        of_step = [index for layout in cut for rows in layout.microbatches for row in rows for index in row]
+        return RankPart(
+            microbatches=tuple(self.microbatch(rows) for rows in microbatches),
+            num_weighted_tokens=sum(int(np.count_nonzero(self._samples[index].weight_mask_T)) for index in of_step),
         )
 
     def microbatch(self, rows: Sequence[Row]) -> Microbatch:

@@ -111,12 +111,14 @@ class RankBatch:
         parts: one per optimizer step, in order.
         num_tokens: tokens of all samples over all ranks and parts, padding excluded.
         num_samples: likewise.
+        balance: estimated cost of a rank, the mean over the largest: 1 where no rank waits for another one.
     """
 
     version: Version
     parts: tuple[RankPart, ...]
     num_tokens: int
     num_samples: int
+    balance: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,7 +28,7 @@ from rlsys.algo.objective import objective_statistics, policy_objective, settle_
 from rlsys.algo.rows import facts_of
 from rlsys.algo.segments import Segments
 from rlsys.bench.report import Report
-from rlsys.bench.timing import fastest_s, one_thread
+from rlsys.bench.timing import fastest_s, threads
 
 NUM_TOKENS = 1_000_000
 REPEATS = 3
@@ -44,7 +44,7 @@ def measure(num_tokens: int = NUM_TOKENS, repeats: int = REPEATS) -> Report:
     inputs = make_inputs(num_tokens)
     seconds: dict[str, list[float]] = {}
     bytes_per_token: dict[str, list[float]] = {}
-    with one_thread():
+    with threads(1):
         for loss in POLICY_LOSSES:
             passes = [_pass_of(loss, correction, inputs) for correction in CORRECTIONS_MEASURED]
             bytes_per_token[loss] = [peak_bytes(one_pass) / num_tokens for one_pass in passes]

@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from rlsys.bench.report import Report
-from rlsys.bench.timing import fastest_s, one_thread
+from rlsys.bench.smollm2_shape import make_random_smollm2
+from rlsys.bench.timing import fastest_s, threads
 from rlsys.bench.weight_sync_engines import Plan, measure_engines
 from rlsys.models.folder import write_folder
 from rlsys.models.tiny.model import make_random_model, make_tokenizer
@@ -46,7 +47,7 @@ def measure() -> Report:
     ``shm/transport_to_memcpy``, ``shm/pause_ms`` and ``paused_share`` are those of the 135M model and one engine."""
     figures: dict[str, float] = {}
     with _surroundings() as folder:
-        for size, make in (("tiny", lambda: make_random_model(make_tokenizer())), ("m135", _make_model_of_135m)):
+        for size, make in (("tiny", lambda: make_random_model(make_tokenizer())), ("m135", make_random_smollm2)):
             model = _through_files(make(), folder / size)
             figures |= {f"{size}/{name}": value for name, value in transport(model).items()}
             found = measure_engines(folder / size, model, RUN, PLANS[size])
@@ -66,7 +67,7 @@ def transport(model: PreTrainedModel, repeats: int = REPEATS) -> dict[str, float
         for name, tensor in weights.items():
             targets[name].copy_(tensor)
 
-    with one_thread():
+    with threads(1):
         found = {"memcpy_s": fastest_s(copy, repeats)}
         for channel, dtype in (("shm", torch.float32), ("bfloat16", torch.bfloat16)):
             parts = _segment_seconds(model, segment_path(RUN, channel), dtype, targets, repeats)
@@ -119,25 +120,6 @@ def _tcp_seconds(model: PreTrainedModel, repeats: int) -> float:
         return fastest_s(lambda: mirror(weights, server.source, there), repeats)
     finally:
         server.close()
-
-
-def _make_model_of_135m() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=49_152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=1,
-            dtype=torch.float32,
-        )
-    )
 
 
 def _through_files(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

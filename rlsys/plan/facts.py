@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rlsys.buffer.staleness import lead_limit
 from rlsys.config.schema import Config
 from rlsys.plan.adapters import AdapterPlan
+from rlsys.plan.memory import FACTOR, MemoryPlan
 from rlsys.plan.space import Space, in_units
 from rlsys.prompts.source import PromptSource
 
@@ -90,6 +91,23 @@ def of_adapters(plan: AdapterPlan) -> str:
     return (
         f"weight sync: engines load the base model once, and get the adapters alone (rank {plan.room.rank}, at "
         f"{', '.join(plan.room.modules)})"
+    )
+
+
+def of_memory(plan: MemoryPlan) -> str:
+    """What the learner takes of memory, and what is there."""
+    learner, total = plan.learner, plan.learner.total
+    parts = ", ".join(
+        f"{name} {in_units(taken)}"
+        for name in ("weights", "gradients", "optimizer", "activations", "buffers")
+        if (taken := getattr(learner, name))
+    )
+    there = "" if plan.memory_bytes is None else f"; {in_units(plan.memory_bytes)} are there"
+    if plan.memory_bytes is not None and plan.processes * total > plan.memory_bytes:
+        there += ": it may not fit"
+    each = "" if plan.processes == 1 else f"{plan.processes} processes, each "
+    return (
+        f"learner's memory: {each}about {in_units(total)} at the peak ({parts}), within a factor of {FACTOR:g}{there}"
     )
 
 

@@ -12,6 +12,7 @@ from rlsys.config.schema import Config
 from rlsys.models.tiny import tiny_model_path
 from rlsys.plan import facts
 from rlsys.plan.facts import Found
+from rlsys.plan.memory import check_memory
 from rlsys.plan.references import check_references
 from rlsys.plan.space import check_space
 
@@ -41,8 +42,12 @@ def preflight(config: Config, *, resume: bool = False) -> Preflight:
     check_sections(config, resume=resume)
     found = check_references(config)
     adapters_alone = found.adapters is not None and found.adapters.room is not None
-    space = facts.of_space(config, check_space(config, adapters_alone=adapters_alone))
-    return Preflight(found=found, sentences=[*facts.of_run(config), *facts.of_references(config, found), space])
+    sequence = found.longest_prompt_tokens + config.rollout.max_tokens
+    room = [
+        facts.of_space(config, check_space(config, adapters_alone=adapters_alone)),
+        facts.of_memory(check_memory(config, sequence)),
+    ]
+    return Preflight(found=found, sentences=[*facts.of_run(config), *facts.of_references(config, found), *room])
 
 
 def run_inputs(config: Config, found: Found) -> Inputs:

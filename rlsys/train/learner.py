@@ -233,6 +233,7 @@ class LearnerRank:
             **{name: sum(values) / len(values) for name, values in norms.items()},
             **rates,
             "perf/train_tokens": float(batch.num_tokens),
+            "perf/balance": batch.balance,
             "timing_s/look_ahead": looked_s,
             "timing_s/update_actor": actor_s,
             "timing_s/update_critic": time.perf_counter() - began - looked_s - actor_s,

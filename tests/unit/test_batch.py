@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from rlsys.algo.advantages import grpo
 from rlsys.batch.build import build
-from rlsys.batch.pack import fill_rows, pack
+from rlsys.batch.cost import TokenCost
+from rlsys.batch.pack import pack
+from rlsys.batch.rows import fill_rows
 from rlsys.batch.tensors import Batch, Microbatch
 from rlsys.errors import ConfigError
 from rlsys.records import NOT_SAMPLED, Sample, TeacherScores, Version
@@ -107,8 +109,8 @@ def test_budget_holds_and_ranks_stay_in_step(lengths, ranks, steps, budget):
         assert len({share.num_weighted_tokens for share in shares}) == 1
         own = sum(int(mb.weight_mask.sum()) for share in shares for mb in share.microbatches)
         assert own == shares[0].num_weighted_tokens > 0
-        rows = [sum(len({s.row for s in mb.segments}) for mb in share.microbatches) for share in shares]
-        assert max(rows) - min(rows) <= 1
+        tokens = [sum(s.length for mb in share.microbatches for s in mb.segments) for share in shares]
+        assert max(tokens) - min(tokens) <= max(lengths)
     parts = [
         sum(len(mb.segments) for rank in batch.ranks for mb in rank.parts[index].microbatches)
         for index in range(len(batch.ranks[0].parts))
@@ -204,3 +206,26 @@ def test_unscored_rollout_is_refused_and_empty_groups_give_nothing():
     with pytest.raises(ValueError, match="test:0:0#0/1"):
         build([unscored], advantage=grpo, oldest_step=None, correct_at=1.0)
     assert build([replace(group, rollouts=())], advantage=grpo, oldest_step=None, correct_at=1.0) == []
+
+
+def test_balance_is_the_mean_rank_over_the_one_that_the_others_wait_for():
+    """Two rows of 10 and one, and a call for each rank: a twentieth of the budget."""
+    for ranks, wanted in ((1, 1.0), (2, ((20 + 1.5) + (10 + 1.5)) / 2 / (20 + 1.5)), (3, 1.0)):
+        _, batch = make_batch([10, 10, 10], ranks=ranks, budget=30)
+        assert [rank.balance for rank in batch.ranks] == [pytest.approx(wanted)] * ranks
+
+
+def test_a_long_sample_has_a_rank_for_itself_where_attention_is_dear():
+    """By tokens it would share with the shortest; it costs 1,640, the others 240 and 110."""
+    samples = [make_sample(index, length) for index, length in enumerate([40, 15, 15, 15, 10])]
+    batch = pack(
+        samples,
+        ranks=2,
+        steps_per_batch=1,
+        tokens_per_microbatch=64,
+        pad_token_id=PAD,
+        version=VERSION,
+        cost=TokenCost(linear=1.0, attention=1.0),
+    )
+    lengths = [[s.length for mb in rank.parts[0].microbatches for s in mb.segments] for rank in batch.ranks]
+    assert sorted(map(sorted, lengths)) == [[10, 15, 15, 15], [40]]
