@@ -35,7 +35,8 @@ RUN_FILES = {
 # What a resumed run may change: how far it goes and what it runs on, nothing of what it learns from and how.
 CHANGEABLE = re.compile(
     r"run\.steps|(checkpoint|eval|observe|ray)\..*|.*timeout_s"
-    r"|reward\.(workers|max_drops_in_a_row)|rollout\.(replicas|slots|vllm.*|[cg]pus_per_replica)|train\.[cg]pus_per_rank"
+    r"|reward\.(workers|max_drops_in_a_row)|rollout\.(replicas|slots|vllm.*|[cg]pus_per_replica)"
+    r"|train\.([cg]pus_per_rank|rewarm_steps)"
     r"|teacher\.(slots|vllm.*|[cg]pus)"
 )
 

@@ -24,7 +24,7 @@ from rlsys.records import Sample, TeacherScores, Version
 from rlsys.train.critic import CriticPlan
 from rlsys.train.objective import Divergence, Objective, Teaching
 from rlsys.train.terms import Term
-from tests.laws.learner_ranks import TEMPERATURE, VOCABULARY, Outcome, Ranks, make_groups, section
+from tests.laws.learner_ranks import TEMPERATURE, VOCABULARY, Outcome, Ranks, is_time, make_groups, section
 
 VERSION = Version(incarnation=0, step=7)
 EXACT = 1e-5
@@ -355,7 +355,7 @@ def test_everything_around_the_policy_goes_on_where_it_was_saved(model_path, sam
                     learner.save_checkpoint(str(tmp_path / "saved"))
         finally:
             learner.stop()
-        return [{k: v for k, v in own.items() if not k.startswith("timing_s/")} for own in metrics]
+        return [{k: v for k, v in own.items() if not is_time(k)} for own in metrics]
 
     whole = life(0, None, save_after=0)
     assert life(1, str(tmp_path / "saved"), None) == whole[1:]
