@@ -9,12 +9,13 @@ import tempfile
 from pathlib import Path
 
 from rlsys.algo.catalogue import markdown_table
-from tests.laws.layouts import LAYOUTS, MODELS, Steps, can_run
+from tests.laws.layouts import ADAM_LAYOUTS, ADAM_MODEL, ADAM_STEPS, LAYOUTS, MODELS, Steps, can_run
 from tests.laws.learner_ranks import Ranks
 
 PATH = Path(__file__).with_suffix(".md")
+ADAM_COLUMN = f"{ADAM_STEPS} steps of AdamW"
 
-HEAD = """# Layouts
+HEAD = f"""# Layouts
 
 <!-- Written by `python -m docs.layouts`, which measures. Change that, not this file. -->
 
@@ -31,19 +32,24 @@ Microbatches have 128 tokens where nothing else is said, and 64 in some rows wit
 too. Wherever the logits are what the last layer gives, log-probabilities come straight from its weight (lean), so that
 every row compares lean with whole logits; Gemma 2 caps its logits and is trained from whole ones. No figure:
 DeepSpeed's tensor parallel does not cut experts, a dense model has none to share, and sequence parallel needs full
-attention and as many key-value heads as divide; `rlsys check` refuses the rest.
+attention and as many key-value heads as divide; `rlsys check` refuses the rest. *Offloaded*: `train.offload`.
+
+The last column is the largest absolute difference of a loss over {ADAM_STEPS} recorded batches, trained with AdamW,
+weight decay and clipping, from those of torch's own AdamW in one process ({ADAM_MODEL}); the bound is 1e-4. Where the
+optimizer is offloaded it is DeepSpeed's compiled one.
 
 """
 
 
 def text(cells: dict[tuple[str, str], float]) -> str:
-    """The whole file. ``cells``: by layout and model."""
+    """The whole file. ``cells``: by layout, and model or ``ADAM_COLUMN``."""
+    columns = (*MODELS, ADAM_COLUMN)
     rows = [
-        (layout, *(f"{cells[layout, model]:.1e}" if (layout, model) in cells else "" for model in MODELS))
+        (layout, *(f"{cells[layout, column]:.1e}" if (layout, column) in cells else "" for column in columns))
         for layout in LAYOUTS
     ]
     shown = markdown_table(("model", "what it shows"), [(name, model.shows) for name, model in MODELS.items()])
-    return f"{HEAD}{markdown_table(('layout', *MODELS), rows)}\n{shown}"
+    return f"{HEAD}{markdown_table(('layout', *columns), rows)}\n{shown}"
 
 
 def read_table() -> list[list[str]]:
@@ -64,6 +70,7 @@ def main() -> None:
                 for model in MODELS
                 if can_run(MODELS[model], LAYOUTS[layout])
             }
+            cells |= {(layout, ADAM_COLUMN): steps.adam_gap(LAYOUTS[layout]) for layout in ADAM_LAYOUTS}
     finally:
         pair.stop()
         four.stop()

@@ -275,6 +275,7 @@ def _learner_actors(config: Config, inputs: Inputs, places: Sequence[Place]) -> 
         "temperature": config.rollout.temperature,
         "objective": objective_of(config),
         "critic": critic_of(config, inputs.critic_path or inputs.model_path),
+        "batches": config.run.steps,
         "seed": config.run.seed,
     }
     environment = {"OMP_NUM_THREADS": str(max(1, int(train.cpus_per_rank))), "TOKENIZERS_PARALLELISM": "false"}

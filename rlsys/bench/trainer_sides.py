@@ -129,7 +129,7 @@ def section(side: Side, sizes: Sizes) -> TrainSection:
         zero_stage=1 if side.ranks > 1 else 0,
         lr=LR,
         tokens_per_microbatch=sizes.tokens_per_microbatch,
-        deepspeed={"bf16": {"enabled": True}} if side.dtype == "bfloat16" else {},
+        dtype="bfloat16" if side.dtype == "bfloat16" else "float32",
     )
 
 

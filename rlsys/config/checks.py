@@ -37,7 +37,7 @@ RUN_FILES = {
 CHANGEABLE = re.compile(
     r"run\.steps|(checkpoint|eval|observe|ray)\..*|.*timeout_s"
     r"|reward\.(workers|max_drops_in_a_row)|rollout\.(replicas|slots|weight_channel|vllm.*|[cg]pus_per_replica)"
-    r"|train\.([cg]pus_per_rank|ranks|tensor_parallel|zero_stage)"
+    r"|train\.([cg]pus_per_rank|rewarm_steps|ranks|tensor_parallel|zero_stage)"
     r"|teacher\.(slots|vllm.*|[cg]pus)"
 )
 

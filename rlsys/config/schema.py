@@ -51,7 +51,7 @@ class ModelSection(Section):
     """A Hugging Face folder of a causal LM with tokenizer, or ``tiny``: the embedded model, made and cached at first
     use."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the rollout engines. The learner trains in float32 master weights."""
+    """Precision of the rollout engines; that of the learner is train.dtype."""
 
 
 class DataSection(Section):
@@ -237,10 +237,24 @@ class TrainSection(Section):
     """Learning rate."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of linear learning-rate warm-up."""
+    schedule: Row = Row(name="constant")
+    """Row of SCHEDULES: how the learning rate goes after the warm-up, up to the last of run.steps: constant, linear,
+    cosine, wsd, e.g. ``{name: cosine, floor: 0.1}``."""
+    rewarm_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of a linear warm-up after each resume; 0: a resumed run goes on as if it had never stopped."""
+    optimizer: Row = Row(name="adamw")
+    """Row of OPTIMIZERS: adamw, adam, sgd, adagrad, lion, muon, e.g. ``{name: sgd, momentum: 0.9}``."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay of AdamW."""
+    """Weight decay; decoupled in adamw, lion and muon."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Decay rates of AdamW's two moments."""
+    """Decay rates of the two moments of adamw, adam, lion and muon's part that is Adam."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of weights, forward and backward pass in training. Master weights and moments are float32 always."""
+    float32_head: bool = False
+    """Compute logits and log-probabilities in float32 where the rest of the model is in bfloat16."""
+    offload: Literal["none", "optimizer", "optimizer+params"] = "none"
+    """What waits in the machine's memory (ZeRO-Offload): the optimizer's state, whose steps the CPU then takes (ZeRO
+    stage 1 to 3); and the weights that are not in use (stage 3)."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradient clipping; 0 switches it off."""
     cpus_per_rank: Annotated[float, Field(ge=0)] = 1.0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rlsys.buffer.staleness import lead_limit
 from rlsys.config.schema import Config
 from rlsys.plan.adapters import AdapterPlan
+from rlsys.plan.algorithm import in_words
 from rlsys.plan.memory import FACTOR, MemoryPlan
 from rlsys.plan.space import Space, in_units
 from rlsys.prompts.source import PromptSource
@@ -169,6 +170,11 @@ def _learner(config: Config) -> str:
     train = config.train
     updates = train.steps_per_batch * config.run.steps
     warmup = f", the first {train.warmup_steps} of them warming up" if train.warmup_steps else ""
+    schedule = "" if train.schedule.name == "constant" else f", then {in_words(train.schedule)}"
+    rewarm = f", warming up for {train.rewarm_steps} steps after a resume" if train.rewarm_steps else ""
+    half = " in bfloat16" if train.dtype == "bfloat16" else ""
+    head = " (head in float32)" if train.float32_head else ""
+    waits = "" if train.offload == "none" else f"; {train.offload.replace('+', ' and ')} offloaded to the CPU"
     short = " (never reaching train.lr)" if train.warmup_steps > updates else ""
     number = train.processes // train.ranks
     parts = f" of {number} processes each" if number > 1 else ""
@@ -177,8 +183,9 @@ def _learner(config: Config) -> str:
     what = "" if train.lora is None else f"; adapters {train.lora} on a base that is not trained"
     what += f"; not trained: {', '.join(train.frozen)}" if train.frozen else ""
     return (
-        f"learner: {train.ranks} rank{'s' if train.ranks > 1 else ''}{parts}, ZeRO stage {train.zero_stage}{again}; "
-        f"{updates} optimizer steps at learning rate {train.lr:g}{warmup}{short}{what}"
+        f"learner: {train.ranks} rank{'s' if train.ranks > 1 else ''}{parts}, ZeRO stage {train.zero_stage}{half}{head}"
+        f"{again}{waits}; {updates} optimizer steps of {in_words(train.optimizer)} at learning rate {train.lr:g}"
+        f"{warmup}{short}{schedule}{rewarm}{what}"
     )
 
 

@@ -28,7 +28,7 @@ PROCESS_BYTES = 340 << 20  # Python, torch, transformers, DeepSpeed, with nothin
 HEAP_SLACK = 1.3  # what allocators hold over what is in use, where thousands of tensors come and go
 LORA_RANK = 8  # peft's default
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-# DeepSpeed's optimizers that keep less than Adam's two moments
+# Optimizers that keep less than Adam's two moments
 MOMENTS_OF = {"sgd": 0, "adagrad": 4, "lion": 4}
 BLOCKS_BYTES = 64 << 20  # of the head's log-probabilities, whatever the vocabulary
 BUCKET_BYTES = 4 * 50_000_000  # of a reduction over ranks, which reads from one and fills another
@@ -98,24 +98,25 @@ def predict(num_parameters: int, shape: ModelShape, train: TrainSection, *, toke
         tokens: of a full microbatch.
         longest: tokens of its longest row.
     """
-    is_half = _enabled(train, "bf16")
+    is_half = train.dtype == "bfloat16"
     value = 2 if is_half else 4  # bytes of a weight, a gradient and most activations
     parts, shares = train.tensor_parallel, train.ranks
     sharded = {stage: shares if train.zero_stage >= stage else 1 for stage in (1, 2, 3)}
     own = num_parameters // parts
     trained = own if train.lora is None else adapter_parameters(shape, train.lora) // parts
     copies = 4 if is_half or train.zero_stage > 0 else 0  # float32 masters
-    moments = MOMENTS_OF.get(str(_look(train, "optimizer", "type")).lower(), MOMENTS_BYTES)
+    moments = MOMENTS_OF.get(train.optimizer.name, MOMENTS_BYTES)
+    offloaded = train.offload if train.gpus_per_rank > 0 else "none"  # from memory into the very same on CPU ranks
     gradients = value * trained // sharded[2]
     # where the optimizer steps the gradients are there in float32 too; what activations had is seldom given back before
     stepping = copies * trained // sharded[1]
-    activations = _activations(shape, train, tokens, longest, value) // parts
+    activations = _activations(shape, train, tokens, longest, value) // (parts * train.sequence_parallel)
     head = value * shape.vocab_size * shape.width // parts if train.lora is None else 0  # its gradient, beside the sum
     return LearnerMemory(
         process=PROCESS_BYTES,
-        weights=value * own // sharded[3],
+        weights=0 if offloaded == "optimizer+params" else value * own // sharded[3],
         gradients=gradients,
-        optimizer=(copies + moments) * trained // sharded[1],
+        optimizer=0 if offloaded != "none" else (copies + moments) * trained // sharded[1],
         activations=int(HEAP_SLACK * activations) + head + BLOCKS_BYTES,
         buffers=stepping + _buffers(shape, train, trained, value),
     )
@@ -210,15 +211,6 @@ def _shape(path: str) -> ModelShape:
         with torch.device("meta"):
             return shape_from(make_random_model(make_tokenizer()).config)
     return shape_of(path)
-
-
-def _enabled(train: TrainSection, section: str) -> bool:
-    return bool(_look(train, section, "enabled"))
-
-
-def _look(train: TrainSection, section: str, key: str) -> Any:
-    found = train.deepspeed.get(section)
-    return found.get(key) if isinstance(found, dict) else None
 
 
 def _ram_bytes() -> int:

@@ -23,13 +23,13 @@ from rlsys.plan.sequence_parallel import check_sequence_parallel
 from rlsys.plan.space import is_cluster_named
 from rlsys.plan.teacher import check_teacher
 from rlsys.plan.tensor_parallel import check_tensor_parallel
+from rlsys.plan.training import check_training
 from rlsys.prompts.source import PromptSource, default_reward_path, load_questions
 from rlsys.prompts.tasks import EXACT_MATCH
 from rlsys.records import Message
 from rlsys.reward.load import check_reward, load_reward
 from rlsys.rollout.play import opening_tokens
 from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS
-from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.lora import check_lora
 from rlsys.weights.channel import check_channel
 
@@ -45,7 +45,7 @@ def check_references(config: Config) -> Found:
     check_engine_arguments("rollout.vllm", config.rollout.vllm, OWNED_ARGUMENTS)
     check_engine_workers(config.rollout)
     check_channel(config.rollout.weight_channel, gpus_per_replica=config.rollout.gpus_per_replica)
-    check_deepspeed_options(config)
+    check_training(config)
     if config.train.lora is not None:
         check_lora(config.train.lora)
     model = check_model_folder(config)
@@ -102,10 +102,6 @@ def check_answers(reward: str, answers: Sequence[Any]) -> None:
             wanted=f"an answer to every question, for {reward} to compare with",
             remedy="name the answers' column in data.answer_key, or a reward function of your own in reward.path",
         )
-
-
-def check_deepspeed_options(config: Config) -> None:
-    deepspeed_config(config.train, device="cuda" if config.train.gpus_per_rank > 0 else "cpu")
 
 
 def check_gpus(config: Config) -> None:

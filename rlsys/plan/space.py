@@ -119,8 +119,7 @@ def checkpoint_bytes(num_parameters: int, train: TrainSection) -> int:
     """What DeepSpeed writes of the parameters that are trained: the weights (a ZeRO-3 model has none beside the
     optimizer's), the optimizer's own float32 copy of them (unless the weights are float32 and whole), and the
     moments."""
-    bf16 = train.deepspeed.get("bf16")
-    is_bf16 = isinstance(bf16, dict) and bool(bf16.get("enabled"))
+    is_bf16 = train.dtype == "bfloat16"
     weights = 0 if train.zero_stage == 3 else 2 if is_bf16 else 4
     copy = 4 if is_bf16 or train.zero_stage > 0 else 0
     return (weights + copy + MOMENTS_BYTES) * num_parameters

@@ -52,10 +52,8 @@ class Critic:
         ).logits
         return align(logits.squeeze(-1).float(), positions == 0)
 
-    def train_part(
-        self, part: RankPart, inputs: Sequence[Mapping[str, Any]], version: Version
-    ) -> tuple[dict[str, Measure], float]:
-        """One optimizer step on the mean loss of the weighted tokens. Returns its measures and its gradient norm.
+    def train_part(self, part: RankPart, inputs: Sequence[Mapping[str, Any]], version: Version) -> dict[str, Measure]:
+        """One optimizer step on the mean loss of the weighted tokens. Returns its measures.
 
         Args:
             inputs: of each microbatch, with ``returns_T`` and ``old_values_T``.
@@ -70,7 +68,8 @@ class Critic:
             self.trained.backward(loss_sum, float(part.num_weighted_tokens), is_last=index == last)
             measures = merge(measures, {**losses.measures, **_explained(values_T, losses, of_rows)})
         self.trained.refuse_unless_finite(is_finite, "the value loss", version)
-        return measures, self.trained.step(version)
+        self.trained.step(version)
+        return measures
 
 
 def _explained(values_T: Tensor, losses: TokenLosses, inputs: Mapping[str, Any]) -> dict[str, Measure]:

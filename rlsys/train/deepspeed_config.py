@@ -7,9 +7,15 @@ from typing import Any
 
 from rlsys.config.schema import TrainSection
 from rlsys.errors import ConfigError
+from rlsys.train.optimizers import deepspeed_entry
 
 _BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's own default reserves 2 GB per reduction buffer, whatever the model
-_ADAM_TYPES = ("adam", "adamw")
+
+_OFFLOADED = {
+    "none": (),
+    "optimizer": ("offload_optimizer",),
+    "optimizer+params": ("offload_optimizer", "offload_param"),
+}
 
 # DeepSpeed keys that follow from a key of rlsys, or from how the learner steps, and the remedy for who sets them.
 _OURS = {
@@ -19,25 +25,20 @@ _OURS = {
     "train_batch_size": "Set train.prompts_per_batch instead.",
     "gradient_accumulation_steps": "Leave it out: microbatches follow from train.tokens_per_microbatch.",
     "managed_gradient_accumulation": "Leave it out: the learner marks the last microbatch itself.",
-    "fp16.enabled": "Use train.deepspeed.bf16: float16's loss scaling skips steps, and skipped steps are no versions.",
+    "fp16.enabled": "Use train.dtype=bfloat16: float16's loss scaling skips steps, and skipped steps are no versions.",
+    "bf16.enabled": "Set train.dtype instead.",
+    "optimizer": "Set train.optimizer instead, e.g. {name: sgd, momentum: 0.9}.",
+    "scheduler": "Set train.schedule and train.warmup_steps instead.",
     "tensor_parallel.autotp_size": "Set train.tensor_parallel instead.",
     "sequence_parallel_size": "Set train.sequence_parallel instead.",
     "expert_parallel.enabled": "Set train.expert_parallel instead.",
     "expert_parallel.autoep_size": "Set train.expert_parallel instead.",
 }
 # DeepSpeed's sections; it takes none of them in another form.
-_SECTIONS = (
-    "zero_optimization",
-    "bf16",
-    "fp16",
-    "optimizer",
-    "optimizer.params",
-    "scheduler",
-    "tensor_parallel",
-    "expert_parallel",
-)
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "tensor_parallel", "expert_parallel")
 _WANTED_WHERE_UNSET = {
     "fp16.enabled": False,
+    "bf16.enabled": False,
     "managed_gradient_accumulation": True,
     "sequence_parallel_size": 1,
     "expert_parallel.enabled": False,
@@ -47,9 +48,6 @@ _WANTED_WHERE_UNSET = {
 
 def deepspeed_config(train: TrainSection, *, device: str) -> dict[str, Any]:
     """The dict for ``deepspeed.initialize``: ours, with ``train.deepspeed`` merged over it.
-
-    ``train.deepspeed.optimizer`` replaces ours whole, since another optimizer has other parameters; its learning rate
-    is ``train.lr`` where it names none.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -64,22 +62,19 @@ def deepspeed_config(train: TrainSection, *, device: str) -> dict[str, Any]:
         "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": _BUCKET_ELEMENTS},
         "zero_allow_untested_optimizer": True,
         "tensor_parallel": {"autotp_size": train.tensor_parallel},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": train.lr, "betas": list(train.betas), "weight_decay": train.weight_decay},
-        },
+        "optimizer": deepspeed_entry(train, device=device),
     }
     if train.expert_parallel > 1:
         ours["expert_parallel"] = {"enabled": True, "autoep_size": train.expert_parallel}
+    if train.dtype == "bfloat16":
+        ours["bf16"] = {"enabled": True}
+    for part in _OFFLOADED[train.offload]:
+        ours["zero_optimization"][part] = {"device": "cpu"}
+    if ours["optimizer"]["type"] == "Muon" and train.zero_stage == 3:
+        ours["zero_optimization"]["reduce_scatter"] = False  # it needs whole gradients, and DeepSpeed says so
     _refuse_other_forms(train)
     _refuse_contradictions(train, ours)
-    merged = _merge(ours, train.deepspeed)
-    if "optimizer" in train.deepspeed:
-        merged["optimizer"] = _merge({"params": {"lr": train.lr}}, train.deepspeed["optimizer"])
-    optimizer = merged["optimizer"]
-    if device == "cpu" and str(optimizer.get("type", "")).lower() in _ADAM_TYPES:
-        optimizer["params"] = {"torch_adam": True, **optimizer["params"]}  # else a C++ op is compiled at start
-    return merged
+    return _merge(ours, train.deepspeed)
 
 
 def _refuse_other_forms(train: TrainSection) -> None:
@@ -90,7 +85,7 @@ def _refuse_other_forms(train: TrainSection) -> None:
                 f"train.deepspeed.{key}",
                 repr(got),
                 "a mapping of keys to values",
-                "Write DeepSpeed's keys below it, e.g. bf16: {enabled: true} or optimizer: {type: Adam, params: {}}.",
+                "Write DeepSpeed's keys below it, e.g. zero_optimization: {overlap_comm: true}.",
             )
 
 

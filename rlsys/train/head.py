@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlsys.errors import ConfigError
+
 _BLOCK_ELEMENTS = 1 << 21  # 8 MiB of float32: a block and its temporaries stay in the processor's cache
 _MIN_COLUMNS = 512  # of a block: narrower ones make slow matrix products, however many tokens there are
 
@@ -31,10 +33,11 @@ class LeanHead:
     Args:
         module: a linear layer whose outputs are the logits, or DeepSpeed's share of one.
         cut: of the targets, where the model has only a piece of each row.
+        in_float32: multiply in float32, whatever the dtype of hidden states and weight.
     """
 
-    def __init__(self, module: Any, cut: Callable[[Tensor], Tensor] | None = None) -> None:
-        self._module, self._cut = module, cut
+    def __init__(self, module: Any, cut: Callable[[Tensor], Tensor] | None = None, *, in_float32: bool = False) -> None:
+        self._module, self._cut, self._in_float32 = module, cut, in_float32
         sizes = getattr(module, "_partition_sizes", ())  # of a layer that DeepSpeed has cut
         is_cut = len(sizes) > 1
         self._group = module.mp_group if is_cut else None
@@ -63,9 +66,31 @@ class LeanHead:
             temperature,
             entropy_gradient,
             self._group,
-            _product_dtype(hidden_RLD, weight),
+            torch.float32 if self._in_float32 else _product_dtype(hidden_RLD, weight),
         )
         return torch.cat([logprobs_NM, entropy_N.unsqueeze(1)], dim=1).view(*targets_RLM.shape[:2], -1)
+
+
+def give_logits_in_float32(head: Any) -> None:
+    """Let a head that is not lean multiply in float32, whatever the dtype of hidden states and weight.
+
+    Raises:
+        ConfigError: it is no plain linear layer.
+    """
+    if type(head) is not torch.nn.Linear:
+        raise ConfigError(
+            "train.float32_head",
+            got=f"a model whose head is {type(head).__name__}",
+            wanted="a plain linear layer",
+            remedy="set train.float32_head=false",
+        )
+    head.forward = functools.partial(_float32_linear, head)  # type: ignore[method-assign]
+
+
+def _float32_linear(head: torch.nn.Linear, hidden_RLD: Tensor) -> Tensor:
+    with torch.autocast(hidden_RLD.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.float()
+        return F.linear(hidden_RLD.float(), head.weight.float(), bias)
 
 
 class _HeadLogprobs(torch.autograd.Function):

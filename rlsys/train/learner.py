@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,11 @@ from rlsys.records import Version
 from rlsys.train import parallel
 from rlsys.train.base import check_base
 from rlsys.train.checkpoint import CRITIC_FOLDER, Layout, Written, check_readable
+from rlsys.train.compiled_ops import load_needed_op
 from rlsys.train.critic import Critic, CriticPlan
 from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.experts import Routers
-from rlsys.train.head import LeanHead
+from rlsys.train.head import LeanHead, give_logits_in_float32
 from rlsys.train.logprobs import TokenLogprobs, logprobs_by
 from rlsys.train.lora import base_of, leaves_base_alone
 from rlsys.train.model import load_critic, save_model
@@ -36,7 +38,9 @@ from rlsys.train.objective import Objective
 from rlsys.train.policy import base_below, load_policy
 from rlsys.train.reference import ReferenceBase, ReferenceCopy
 from rlsys.train.sameness import check_is_same_model, has_plain_head, tried
+from rlsys.train.schedule import LearningRate, learning_rate
 from rlsys.train.snapshot import BackgroundWriter
+from rlsys.train.speed import Speed
 from rlsys.train.terms import MovingTerms
 from rlsys.train.trained import Trained
 
@@ -55,6 +59,7 @@ class LearnerRank:
         temperature: what the engines sample with; logits are divided by it.
         objective: what is minimised.
         critic: None where advantages need none.
+        batches: how many the run trains; learning rates come to their end with the last.
         seed: of torch's generator.
         threads: CPU threads of this rank; None means OMP_NUM_THREADS, or torch's default without it.
     """
@@ -67,6 +72,7 @@ class LearnerRank:
         temperature: float,
         objective: Objective,
         seed: int,
+        batches: int = 1,
         critic: CriticPlan | None = None,
         threads: int | None = None,
     ) -> None:
@@ -83,7 +89,9 @@ class LearnerRank:
         self._terms = MovingTerms({"kl": objective.kl.term if objective.kl else None, "entropy": objective.entropy})
         self._critic_plan = critic
         self._writer = BackgroundWriter()
+        self._rate = learning_rate(train, batches=batches - (critic.warmup_steps if critic is not None else 0))
         self._policy: Any = None  # Trained, once started
+        self._speed: Any = None  # Speed, likewise
         self._head: LeanHead | None = None
         self._critic: Critic | None = None
         self._reference: ReferenceBase | ReferenceCopy | None = None
@@ -110,6 +118,7 @@ class LearnerRank:
             CheckpointDamaged: there is no checkpoint in ``checkpoint``.
         """
         deepspeed_config(self._train, device=self._device)  # refuses before anybody is met
+        load_needed_op(self._train, device=self._device)
         layout = Layout.of(self._train, world_size=world_size)
         self._rank = rank
         if checkpoint is not None:
@@ -125,11 +134,12 @@ class LearnerRank:
             timeout_s=self._train.timeout_s,
             processes_a_rank=world_size // layout.ranks,
         )
-        self._start_policy(layout)
+        trained = partial(Trained, deepspeed=self._deepspeed, device=self._device, rank=rank, layout=layout)
+        self._start_policy(layout, trained)
         if self._critic_plan is not None:
-            changes = {"lr": self._critic_plan.lr, "warmup_steps": 0, "expert_parallel": 1}
-            section = self._train.model_copy(update=changes)
-            own = self._trained(load_critic(self._critic_plan.model_path), section, replace(layout, expert_parallel=1))
+            section = self._train.model_copy(update={"lr": self._critic_plan.lr, "expert_parallel": 1})
+            model = load_critic(self._critic_plan.model_path)
+            own = trained(model, section, LearningRate(), layout=replace(layout, expert_parallel=1))
             self._critic = Critic(own, self._critic_plan.loss, self._device)
         if self._objective.kl is not None and self._train.lora is not None:
             self._reference = ReferenceBase(self._policy, self._head, self._device)
@@ -144,38 +154,25 @@ class LearnerRank:
         if checkpoint is not None:
             self._load(checkpoint)
 
-    def _start_policy(self, layout: Layout) -> None:
+    def _start_policy(self, layout: Layout, trained: Callable[..., Trained]) -> None:
         policy = load_policy(self._model_path, self._train)
         vocab_size = base_of(policy).config.get_text_config().vocab_size
         whole = tried(policy, None, vocab_size=vocab_size, device="cpu")
         is_lean = has_plain_head(policy, whole)
         base = base_below(self._model_path, self._train, policy)
-        self._policy = self._trained(policy, self._train, layout, whole_logits=not is_lean, base=base)
+        self._speed = Speed(policy, self._train, self._device)
+        self._policy = trained(policy, self._train, self._rate, whole_logits=not is_lean, base=base)
+        head = base_of(self._policy.module).get_output_embeddings()
         if is_lean:
-            self._head = LeanHead(base_of(self._policy.module).get_output_embeddings(), self._policy.cut)
+            self._head = LeanHead(head, self._policy.cut, in_float32=self._train.float32_head)
+        elif self._train.float32_head:
+            give_logits_in_float32(head)
         self._routers = Routers(
             self._policy.module, coef=self._train.router_aux_coef, device=self._device, cut=self._policy.cut
         )
         if max(layout.tensor_parallel, layout.expert_parallel, layout.sequence_parallel) > 1:
             cut = tried(self._policy, self._head, vocab_size=vocab_size, device=self._device)
             check_is_same_model(cut, whole, self._train)
-
-    @property
-    def _refresh_steps(self) -> int:
-        return self._objective.kl.refresh_steps if self._objective.kl is not None else 0
-
-    def _trained(self, module: Any, train: TrainSection, layout: Layout, **how: Any) -> Trained:
-        if train.activation_checkpointing:
-            module.gradient_checkpointing_enable({"use_reentrant": False})
-        return Trained(
-            module,
-            train,
-            deepspeed=self._deepspeed,
-            device=self._device,
-            rank=self._rank,
-            layout=layout,
-            **how,
-        )
 
     def _load(self, checkpoint: str) -> None:
         if self._critic is not None:
@@ -210,28 +207,23 @@ class LearnerRank:
         parts = [[self._objective.inputs(mb, self._device) for mb in part.microbatches] for part in batch.parts]
         measures = self._look_before(batch, parts)
         looked_s = time.perf_counter() - began
-        norms: dict[str, list[float]] = {}
-        rates = {"actor/lr": self._policy.learning_rate}
         if self._critic_plan is None or batch.version.step >= self._critic_plan.warmup_steps:
             for part, inputs in zip(batch.parts, parts, strict=True):
-                rates["actor/lr"] = self._policy.learning_rate
-                own, norm = self._train_part(part, inputs, batch.version, is_first=part is batch.parts[0])
+                own = self._train_part(part, inputs, batch.version, is_first=part is batch.parts[0])
                 measures = merge(measures, own)
-                norms.setdefault("actor/grad_norm", []).append(norm)
         actor_s = time.perf_counter() - began - looked_s
         if self._critic is not None:
-            rates["critic/lr"] = self._critic.trained.learning_rate
             for part, inputs in zip(batch.parts, parts, strict=True):
-                own, norm = self._critic.train_part(part, inputs, batch.version)
-                measures = merge(measures, own)
-                norms.setdefault("critic/grad_norm", []).append(norm)
+                measures = merge(measures, self._critic.train_part(part, inputs, batch.version))
         metrics = parallel.reduce(measures, self._device)
+        if self._critic is not None:
+            metrics |= self._critic.trained.report("critic", metrics.get("critic/vf_loss"))
         return {
             **metrics,
             **self._after(batch, metrics),
             **self._routers.metrics(),
-            **{name: sum(values) / len(values) for name, values in norms.items()},
-            **rates,
+            **self._policy.report("actor", metrics.get("actor/pg_loss")),
+            **self._speed.mfu(metrics, actor_s),
             "perf/train_tokens": float(batch.num_tokens),
             "perf/balance": batch.balance,
             "timing_s/look_ahead": looked_s,
@@ -268,7 +260,7 @@ class LearnerRank:
             "entropy": metrics.get("actor/entropy", 0.0),
         }
         self._terms.move(measured, rollouts=batch.num_samples, step=step)
-        if isinstance(self._reference, ReferenceCopy) and self._refresh_steps and step % self._refresh_steps == 0:
+        if isinstance(self._reference, ReferenceCopy) and objective.refreshes_at(step):
             self._reference.become(self._policy.module)
         return weights
 
@@ -296,7 +288,7 @@ class LearnerRank:
         """Copy everything that a later ``start`` needs to go on bit for bit, and begin to write the copy. The one
         before is written by now."""
         own: dict[str, Any] = {"terms": self._terms.state()}
-        if isinstance(self._reference, ReferenceCopy) and self._refresh_steps:
+        if isinstance(self._reference, ReferenceCopy) and self._objective.moves_reference:
             own["reference"] = self._reference.state()
         taken = [self._policy.take(folder, own)]
         if self._critic is not None:
@@ -321,11 +313,11 @@ class LearnerRank:
 
     def _train_part(
         self, part: RankPart, inputs: Sequence[Inputs], version: Version, *, is_first: bool
-    ) -> tuple[dict[str, Measure], float]:
-        """One optimizer step. Returns its measures and its gradient norm (before clipping)."""
+    ) -> dict[str, Measure]:
+        """One optimizer step. Returns its measures."""
         count, settled = self._look_ahead(part, inputs, is_first)
         self._routers.settle(part.microbatches, self._no_grad_logprobs)
-        measures: dict[str, Measure] = {}
+        measures: dict[str, Measure] = {"perf/train_flops": self._speed.work.of(part)}
         is_finite, last = True, len(part.microbatches) - 1
         for index, (microbatch, of_rows) in enumerate(zip(part.microbatches, inputs, strict=True)):
             loss_sum, own = self._forward_microbatch(microbatch, of_rows, settled)
@@ -334,7 +326,8 @@ class LearnerRank:
             self._policy.backward(loss_sum, count, is_last=index == last)
             measures = merge(measures, own)
         self._policy.refuse_unless_finite(is_finite, "the loss", version)
-        return measures, self._policy.step(version)
+        self._policy.step(version)
+        return measures
 
     def _look_ahead(self, part: RankPart, inputs: Sequence[Inputs], is_first: bool) -> tuple[float, RowsSettled | None]:
         """The count that the step's sum is divided by, and what rows of batch scope settle on."""

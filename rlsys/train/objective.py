@@ -116,6 +116,14 @@ class Objective:
         return self.has_statistics or self.rejects or self.kl_in_reward is not None or self.is_taught_by_sample
 
     @property
+    def moves_reference(self) -> bool:
+        return self.kl is not None and self.kl.refresh_steps > 0
+
+    def refreshes_at(self, step: int) -> bool:
+        """Whether the reference becomes the policy once ``step`` is trained."""
+        return self.kl is not None and self.kl.refresh_steps > 0 and step % self.kl.refresh_steps == 0
+
+    @property
     def kl_in_reward(self) -> Divergence | None:
         return self.kl if self.kl is not None and self.kl.place == "reward" else None
 

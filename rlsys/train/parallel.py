@@ -30,9 +30,12 @@ def load_deepspeed(device: str) -> ModuleType:
 
     Its accelerator is chosen once per process, from the environment, when it is imported. Its shared-memory op serves
     inference only, but building it holds up the first start for minutes, and a build that was killed leaves a lock
-    that holds up every later one for ever: it is switched off.
+    that holds up every later one for ever: it is switched off. On CPU so is torch.compile, which DeepSpeed puts on
+    Muon: compiling takes longer than it saves.
     """
     os.environ["DS_ACCELERATOR"] = device
+    if device == "cpu":
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

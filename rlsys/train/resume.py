@@ -15,9 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rlsys.config.schema import TrainSection
 from rlsys.errors import CheckpointDamaged, ConfigError, WaitTimeout
@@ -66,13 +64,14 @@ def check_layout(folder: Path | str, train: TrainSection, *, moves_reference: bo
     saved, wanted = saved_layout(folder), Layout.of(train, world_size=train.processes)
     if is_readable(saved, wanted):
         return
-    optimizer = str(_look_up(train.deepspeed, "optimizer", "type") or "AdamW")
-    reason = None
+    optimizer, reason = train.optimizer.name, None
     if saved.shares_out or wanted.shares_out:
         reason = "where experts or rows are shared out, the state is saved in pieces that nothing puts together"
-    elif optimizer.lower() not in _ADAM:
-        reason = f"the state of the optimizer {optimizer} is converted nowhere, that of Adam and AdamW is"
-    elif _look_up(train.deepspeed, "bf16", "enabled") and 0 in (saved.zero_stage, wanted.zero_stage):
+    elif optimizer not in _ADAM:
+        reason = f"the state of the optimizer {optimizer} is converted nowhere, that of adam and adamw is"
+    elif train.offload != "none":
+        reason = "the state of an offloaded optimizer is converted nowhere"
+    elif train.dtype == "bfloat16" and 0 in (saved.zero_stage, wanted.zero_stage):
         reason = "without ZeRO, a bfloat16 model's optimizer is kept in a form that nothing else reads"
     elif moves_reference and saved.tensor_parallel != wanted.tensor_parallel:
         reason = "algo.reference_every_steps: the reference was saved in the pieces that its layers were cut into"
@@ -129,8 +128,3 @@ def _convert(folder: Path, out: Path, timeout_s: float) -> None:
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-
-def _look_up(tree: Mapping[str, Any], section: str, key: str) -> Any:
-    inside = tree.get(section)
-    return inside.get(key) if isinstance(inside, Mapping) else None

@@ -18,7 +18,6 @@ from rlsys.train.lora import base_of
 _TRIED_TOKENS = 8
 _ROUNDING = 1e-3  # nats; float32 gives 1e-6 to 1e-5, a cap or a factor on the logits some percent of a log-probability
 _HALF_ROUNDING = 0.1  # of a model that computes in bfloat16
-_HALF = {"bf16", "torch_autocast"}  # sections of DeepSpeed's by which it does
 
 
 def tried(forward: Callable[..., Any], head: LeanHead | None, *, vocab_size: int, device: str) -> Tensor:
@@ -57,7 +56,7 @@ def check_is_same_model(got: Tensor, wanted: Tensor, train: TrainSection) -> Non
         ConfigError: in every process alike.
     """
     gap = float((got.cpu() - wanted).abs().max())
-    is_rounded = not _HALF.isdisjoint(train.deepspeed)
+    is_rounded = train.dtype == "bfloat16" or "torch_autocast" in train.deepspeed
     if not gap <= (_HALF_ROUNDING if is_rounded else _ROUNDING):
         key = next(
             key for key in ("tensor_parallel", "expert_parallel", "sequence_parallel") if getattr(train, key) > 1

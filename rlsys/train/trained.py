@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +21,10 @@ from rlsys.train.expert_parallel import is_expert_parallel, is_part_of_experts
 from rlsys.train.export import full_weights
 from rlsys.train.frozen import leave_out_frozen
 from rlsys.train.lora import adapter_weights, save_adapter
+from rlsys.train.schedule import LearningRate
 from rlsys.train.sequence_parallel import SequenceParallel
 from rlsys.train.snapshot import HostMemory, Snapshot
+from rlsys.train.spikes import Spikes
 
 
 class Trained:
@@ -31,7 +32,8 @@ class Trained:
 
     Args:
         module: a model of transformers.
-        train: the learner's section of the configuration; learning rate and warm-up are of this module.
+        train: the learner's section of the configuration; its learning rate is that of this module.
+        rate: what becomes of that from step to step.
         layout: how it is spread over ranks.
         base: fingerprints of the files that what is frozen of the module stands in, so that checkpoints do without it;
             None: they hold all of it.
@@ -40,8 +42,9 @@ class Trained:
 
     def __init__(
         self,
-        module: torch.nn.Module,
+        module: Any,
         train: TrainSection,
+        rate: LearningRate,
         *,
         deepspeed: ModuleType,
         device: str,
@@ -53,6 +56,8 @@ class Trained:
         self._deepspeed, self._device, self._rank, self._layout = deepspeed, device, rank, layout
         self._base = base
         self._memory = HostMemory()
+        if train.activation_checkpointing:
+            module.gradient_checkpointing_enable({"use_reentrant": False})
         config = deepspeed_config(train, device=device)
         if whole_logits:
             config["tensor_parallel"]["vocab_parallel_lm_head"] = False
@@ -61,26 +66,44 @@ class Trained:
         self._max_norm = train.max_grad_norm
         if self._clips_itself:
             config["gradient_clipping"] = 0.0
-        warm_up = functools.partial(_learning_rate_factor, warmup_steps=train.warmup_steps)
-        schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=warm_up)
         self._sequence = SequenceParallel(module, layout.sequence_parallel) if layout.sequence_parallel > 1 else None
         self._engine, *_ = deepspeed.initialize(
             model=module,
             mpu=None if self._sequence is None else self._sequence.groups,
             model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
             config=config,
-            lr_scheduler=None if "scheduler" in config else schedule,
         )
         if base is not None:
             leave_out_frozen(self.module)
+        self._rate = rate
+        self._peaks = [group["lr"] for group in self._engine.optimizer.param_groups]
+        self._resumed_at: int | None = None
+        self._taken: list[tuple[float, float]] = []  # learning rate and gradient norm of the steps since a report
+        self._norms, self._losses = Spikes(), Spikes()
 
     @property
     def module(self) -> Any:
         return self._engine.module
 
-    @property
-    def learning_rate(self) -> float:
-        return float(self._engine.get_lr()[0])
+    def report(self, name: str, loss: float | None) -> dict[str, float]:
+        """Metrics, below ``name``, of the steps since the last report: learning rate of the last of them (or of the
+        next one, where there was none), mean gradient norm before clipping, and how far norm and loss stand out.
+
+        Args:
+            loss: mean over these steps; None where none was measured.
+        """
+        taken, self._taken = self._taken, []
+        metrics = {f"{name}/lr": taken[-1][0] if taken else self._peaks[0] * self._factor()}
+        if not taken:
+            return metrics
+        norms = [norm for _, norm in taken]
+        metrics[f"{name}/grad_norm"] = sum(norms) / len(norms)
+        metrics[f"{name}/grad_norm_spike"] = max(self._norms.see(norm) for norm in norms)
+        metrics[f"{name}/grad_norm_spikes"] = float(self._norms.count)
+        if loss is not None:
+            metrics[f"{name}/loss_spike"] = self._losses.see(loss)
+            metrics[f"{name}/loss_spikes"] = float(self._losses.count)
+        return metrics
 
     @property
     def cut(self) -> Callable[[Tensor], Tensor] | None:
@@ -104,15 +127,15 @@ class Trained:
             scale *= self._layout.sequence_parallel
         self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
 
-    def step(self, version: Version) -> float:
+    def step(self, version: Version) -> None:
         """Let DeepSpeed take the step. ZeRO leaves it out where the norm is not finite; stage 0 has to be stopped.
-
-        Returns:
-            The gradient norm, before clipping.
 
         Raises:
             Diverged: on every rank alike, before the weights take up a gradient that is not finite.
         """
+        factor = self._factor()
+        for group, peak in zip(self._engine.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
         if self._layout.zero_stage == 0:
             norm = self._gradient_norm()
             self.refuse_unless_finite(math.isfinite(norm), "the gradient norm", version)
@@ -121,12 +144,16 @@ class Trained:
                     if parameter.grad is not None:
                         parameter.grad.mul_(self._max_norm / norm)
             self._engine.step()
-            return norm
-        self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        is_left_out = bool(self._engine.optimizer.overflow)
-        self.refuse_unless_finite(not is_left_out and math.isfinite(norm), "the gradient norm", version)
-        return norm
+        else:
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+            is_left_out = bool(self._engine.optimizer.overflow)
+            self.refuse_unless_finite(not is_left_out and math.isfinite(norm), "the gradient norm", version)
+        self._taken.append((self._peaks[0] * factor, norm))
+
+    def _factor(self) -> float:
+        """Of the next step; DeepSpeed counts the steps, and keeps their number in its checkpoints."""
+        return self._rate.factor(self._engine.global_steps, self._resumed_at)
 
     def _gradient_norm(self) -> float:
         """Of the whole gradient: a process has its pieces of what tensor parallel cuts, or its experts of what expert
@@ -183,20 +210,19 @@ class Trained:
             rank=self._rank,
             layout=self._layout,
             device=self._device,
-            own=own,
+            own={**own, "spikes": {"norms": self._norms.state(), "losses": self._losses.state()}},
             base=self._base,
         )
 
     def load(self, folder: str) -> Mapping[str, Any]:
         """See ``load_state``."""
-        return load_state(self._engine, folder, rank=self._rank, layout=self._layout, device=self._device)
+        own = load_state(self._engine, folder, rank=self._rank, layout=self._layout, device=self._device)
+        self._norms.restore(own["spikes"]["norms"])
+        self._losses.restore(own["spikes"]["losses"])
+        self._resumed_at = self._engine.global_steps
+        return own
 
     def destroy(self) -> None:
         self._engine.destroy()
         self._engine = None
         gc.collect()  # the engine's hooks hold it in cycles
-
-
-def _learning_rate_factor(step: int, *, warmup_steps: int) -> float:
-    """Linear warm-up from 1 / warmup_steps to 1, then constant."""
-    return min(1.0, (step + 1) / max(1, warmup_steps))

@@ -14,7 +14,7 @@ CASES = {
     "small": Case(width=256, layers=4, tokens=1024, train=TrainSection()),
     "large": Case(width=512, layers=6, tokens=512, train=TrainSection()),
     "sharded": Case(width=512, layers=6, tokens=512, train=TrainSection(zero_stage=2)),
-    "bfloat16": Case(width=512, layers=6, tokens=512, train=TrainSection(deepspeed={"bf16": {"enabled": True}})),
+    "bfloat16": Case(width=512, layers=6, tokens=512, train=TrainSection(dtype="bfloat16")),
     "computed again": Case(width=512, layers=6, tokens=1024, train=TrainSection(activation_checkpointing=True)),
     "adapters": Case(width=512, layers=6, tokens=1024, train=TrainSection(lora={"r": 8})),
 }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rlsys.envs.single_turn import SingleTurn
-from rlsys.records import NOT_SAMPLED, Draw, Prompt, Rollout, StopReason
+from rlsys.records import NOT_SAMPLED, Draw, Prompt, StopReason
 from rlsys.rollout.engine import GenerateRequest
 from rlsys.rollout.play import Member, PartialRollout, Player, PlaySpec
 from tests.engine_contract import check_interruption
@@ -47,12 +48,12 @@ async def begin(bench: Bench) -> dict[str, PartialRollout]:
     return {name: partial for name, partial in begun.items() if isinstance(partial, PartialRollout)}
 
 
-async def go_on(bench: Bench, begun: dict[str, PartialRollout]) -> list[Rollout]:
+async def go_on(bench: Bench, begun: dict[str, PartialRollout]) -> list[Any]:
     """Under version 2, to the end."""
     await bench.engine.load_weights(bench.weights(2))
     player = player_on(bench)
     members = (Member(name=name, begun=partial) for name, partial in begun.items())
-    return await asyncio.gather(*(player.play_rollout(PROMPT, member, SPEC) for member in members))
+    return [*await asyncio.gather(*(player.play_rollout(PROMPT, member, SPEC) for member in members))]
 
 
 def test_each_token_of_a_moved_rollout_is_that_of_the_engine_and_version_it_is_stamped_with(folder):

@@ -1,8 +1,9 @@
 """Law 4 as a table: the layouts of a step, tiny models, and how far a step's loss and gradient are from those of plain
-transformers in one process, one sequence after the other."""
+transformers in one process, one sequence after the other; and the losses of twenty steps of AdamW."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,7 +17,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rlsys.algo.advantages import grpo
 from rlsys.batch.build import build
-from tests.laws.learner_ranks import VOCABULARY, Ranks, make_groups, section
+from rlsys.records import RolloutGroup
+from tests.laws.learner_ranks import VOCABULARY, Outcome, Ranks, make_groups, section
 from tests.laws.test_gradient import (
     OLDEST_STEP,
     VERSION,
@@ -63,6 +65,7 @@ class Layout:
     tokens_per_microbatch: int = 128
     is_padded: bool = False
     activation_checkpointing: bool = False
+    offload: str = "none"
 
     @property
     def processes(self) -> int:
@@ -140,7 +143,27 @@ LAYOUTS = {
     "dp 2 x sp 2, ZeRO-2": Layout(ranks=2, sequence_parallel=2, zero_stage=2),
     "dp 2 x tp 2": Layout(ranks=2, tensor_parallel=2),
     "dp 2 x tp 2, ZeRO-3": Layout(ranks=2, tensor_parallel=2, zero_stage=3, tokens_per_microbatch=64),
+    "1 process, ZeRO-1, optimizer offloaded": Layout(zero_stage=1, offload="optimizer"),
+    "dp 2, ZeRO-2, optimizer offloaded": Layout(ranks=2, zero_stage=2, offload="optimizer"),
+    "dp 2, ZeRO-3, optimizer and weights offloaded": Layout(ranks=2, zero_stage=3, offload="optimizer+params"),
+    "tp 2, ZeRO-2, optimizer offloaded": Layout(tensor_parallel=2, zero_stage=2, offload="optimizer"),
 }
+
+
+def can_run(model: Model, layout: Layout) -> bool:
+    """DeepSpeed's tensor parallel does not cut experts, and only they can be shared out; its sequence parallel shares
+    key-value heads out evenly, and knows no windows."""
+    if layout.sequence_parallel > 1:
+        heads = model.config.get("num_key_value_heads", 1)
+        return "sliding_window" not in model.config and heads % layout.sequence_parallel == 0
+    return layout.tensor_parallel == 1 if model.has_experts else layout.expert_parallel == 1
+
+
+ADAM_MODEL = "Qwen2 tied"
+ADAM_STEPS = 20
+ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
+MAX_NORM = 1.0
+ADAM_LAYOUTS = [name for name, layout in LAYOUTS.items() if can_run(MODELS[ADAM_MODEL], layout)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,15 +177,6 @@ class Difference:
     @property
     def worst(self) -> float:
         return max(self.loss, self.norm, self.gradient)
-
-
-def can_run(model: Model, layout: Layout) -> bool:
-    """DeepSpeed's tensor parallel does not cut experts, and only they can be shared out; its sequence parallel shares
-    key-value heads out evenly, and knows no windows."""
-    if layout.sequence_parallel > 1:
-        heads = model.config.get("num_key_value_heads", 1)
-        return "sliding_window" not in model.config and heads % layout.sequence_parallel == 0
-    return layout.tensor_parallel == 1 if model.has_experts else layout.expert_parallel == 1
 
 
 def make_folder(name: str, parent: Path) -> str:
@@ -192,8 +206,8 @@ class Steps:
     def __init__(self, pair: Ranks, four: Ranks, folder: Path) -> None:
         self.pair, self.four, self._folder = pair, four, folder
         self._groups = make_groups(VERSION)
-        self._samples = build(self._groups, advantage=grpo, oldest_step=OLDEST_STEP, correct_at=1.0)
         self.reference = cache(self._reference)
+        self.adam_losses = cache(self._adam_losses)
 
     def path(self, name: str) -> str:
         """Folder of a model of ``MODELS`` or ``FURTHER``."""
@@ -208,14 +222,48 @@ class Steps:
         return loss, {key: value.numpy() for key, value in revert_weight_conversion(model, tensors).items()}
 
     def difference(self, name: str, layout: Layout) -> Difference:
-        batches = (
-            (lambda rank: [padded_rows(self._samples)])
-            if layout.is_padded
-            else packed(self._samples, layout.ranks, layout.tokens_per_microbatch)
+        outcomes = self._run(name, layout, [self._groups])
+        loss, gradient = self.reference(name)
+        norm = sum(float(np.square(value.astype(float)).sum()) for value in gradient.values()) ** 0.5
+        return Difference(
+            loss=_worst([outcome.metrics[0]["actor/pg_loss"] for outcome in outcomes], loss),
+            norm=_worst([outcome.metrics[0]["actor/grad_norm"] for outcome in outcomes], norm),
+            gradient=relative_difference(gradient_of(outcomes[0]), gradient),
         )
-        outcomes = (self.four if layout.processes > 2 else self.pair).run(
+
+    def adam_gap(self, layout: Layout) -> float:
+        """Largest difference of a loss from the one of plain AdamW, over twenty recorded batches and all processes."""
+        keys = {**ADAM, "optimizer": {"name": "adamw"}, "max_grad_norm": MAX_NORM}
+        outcomes = self._run(ADAM_MODEL, layout, _recorded(self._groups), **keys)
+        gaps = [
+            abs(metrics["actor/pg_loss"] - loss)
+            for outcome in outcomes
+            for metrics, loss in zip(outcome.metrics, self.adam_losses(), strict=True)
+        ]
+        return max(gaps)
+
+    def _adam_losses(self) -> list[float]:
+        model = AutoModelForCausalLM.from_pretrained(self.path(ADAM_MODEL), dtype=torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
+        losses = []
+        for groups in _recorded(self._groups):
+            losses.append(reference_step(model, groups)[0])
+            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+            optimizer.step()
+        return losses
+
+    def _run(self, name: str, layout: Layout, recorded: Sequence[Sequence[RolloutGroup]], **keys: Any) -> list[Outcome]:
+        """A step on each of the batches of groups."""
+        samples = [build(groups, advantage=grpo, oldest_step=OLDEST_STEP, correct_at=1.0) for groups in recorded]
+        batches = [
+            (lambda rank, own=own: [padded_rows(own)])
+            if layout.is_padded
+            else packed(own, layout.ranks, layout.tokens_per_microbatch)
+            for own in samples
+        ]
+        return (self.four if layout.processes > 2 else self.pair).run(
             layout.processes,
-            batches,
+            lambda rank: [batch for of_rank in batches for batch in of_rank(rank)],
             model_path=self.path(name),
             train=section(
                 layout.zero_stage,
@@ -224,15 +272,16 @@ class Steps:
                 expert_parallel=layout.expert_parallel,
                 sequence_parallel=layout.sequence_parallel,
                 activation_checkpointing=layout.activation_checkpointing,
+                offload=layout.offload,
+                **keys,
             ),
         )
-        loss, gradient = self.reference(name)
-        norm = sum(float(np.square(value.astype(float)).sum()) for value in gradient.values()) ** 0.5
-        return Difference(
-            loss=_worst([outcome.metrics[0]["actor/pg_loss"] for outcome in outcomes], loss),
-            norm=_worst([outcome.metrics[0]["actor/grad_norm"] for outcome in outcomes], norm),
-            gradient=relative_difference(gradient_of(outcomes[0]), gradient),
-        )
+
+
+def _recorded(groups: Sequence[RolloutGroup]) -> list[list[RolloutGroup]]:
+    """Twenty batches: pairs and triples of the groups, in turn."""
+    chosen = [*itertools.combinations(groups, 2), *itertools.combinations(groups, 3)]
+    return [list(own) for own in itertools.islice(itertools.cycle(chosen), ADAM_STEPS)]
 
 
 def _worst(got: Sequence[float], wanted: float) -> float:

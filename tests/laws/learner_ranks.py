@@ -78,12 +78,17 @@ def make_groups(version: Version) -> list[RolloutGroup]:
     return groups
 
 
+def is_time(name: str) -> bool:
+    """Whether a metric is of the machine's time, and so another one on every rank and in every run."""
+    return name.startswith("timing_s/") or name == "perf/mfu"
+
+
 def section(zero_stage: int, ranks: int, **keys: Any) -> TrainSection:
     """Plain SGD without clipping, so that a step's gradient can be read from the weights."""
-    deepspeed: dict[str, Any] = {"optimizer": {"type": "SGD", "params": {}}}
+    deepspeed: dict[str, Any] = {}
     if zero_stage == 3:
         deepspeed["zero_optimization"] = {"stage3_param_persistence_threshold": 0}
-    defaults = {"lr": 64.0, "max_grad_norm": 0.0, "timeout_s": 60.0}
+    defaults = {"optimizer": {"name": "sgd"}, "lr": 64.0, "max_grad_norm": 0.0, "timeout_s": 60.0}
     return TrainSection.model_validate(
         {"zero_stage": zero_stage, "ranks": ranks, "deepspeed": deepspeed, **defaults, **keys}
     )
@@ -110,6 +115,7 @@ def train_rank(
     batches: Sequence[RankBatch],
     objective: Objective = OBJECTIVE,
     critic: CriticPlan | None = None,
+    batches_of_run: int = 1,
     probe: Sequence[np.ndarray] = (),
     save_to: str | None = None,
 ) -> Outcome:
@@ -122,6 +128,7 @@ def train_rank(
         temperature=TEMPERATURE,
         objective=objective,
         critic=critic,
+        batches=batches_of_run,
         seed=0,
         threads=1,
     )

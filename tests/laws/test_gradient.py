@@ -24,7 +24,7 @@ from rlsys.batch.pack import pack
 from rlsys.batch.tensors import Microbatch, RankBatch, RankPart
 from rlsys.records import RolloutGroup, Sample, Version
 from rlsys.train.objective import Objective
-from tests.laws.learner_ranks import OBJECTIVE, TEMPERATURE, Outcome, make_groups, section
+from tests.laws.learner_ranks import OBJECTIVE, TEMPERATURE, Outcome, is_time, make_groups, section
 
 VERSION = Version(incarnation=0, step=7)
 OLDEST_STEP = 6  # one step back: tokens of step 5 lose their weight
@@ -276,20 +276,25 @@ def test_export_and_saved_folder_are_the_trained_weights_exactly(ranks, model_pa
             np.testing.assert_allclose(logprobs[1:], wanted, atol=2e-5)
 
 
-def test_learning_rate_warms_up_linearly_and_metrics_are_equal_on_every_rank(ranks, model_path, samples):
-    train = section(2, 2, lr=0.5, warmup_steps=4)
+def test_learning_rate_follows_its_schedule_and_metrics_are_equal_on_every_rank(ranks, model_path, samples):
+    train = section(2, 2, lr=0.5, warmup_steps=2, schedule={"name": "linear", "floor": 0.5})
     once = packed(samples, 2, 64)
-    outcomes = ranks.run(2, lambda rank: once(rank) * 5, model_path=model_path, train=train)
-    assert [metrics["actor/lr"] for metrics in outcomes[0].metrics] == [0.125, 0.25, 0.375, 0.5, 0.5]
+    outcomes = ranks.run(2, lambda rank: once(rank) * 5, model_path=model_path, train=train, batches_of_run=4)
+    assert [metrics["actor/lr"] for metrics in outcomes[0].metrics] == [0.25, 0.5, 0.5, 0.375, 0.25]
     for first, second in zip(outcomes[0].metrics, outcomes[1].metrics, strict=True):
-        assert {name: value for name, value in first.items() if not name.startswith("timing_s/")} == {
-            name: value for name, value in second.items() if not name.startswith("timing_s/")
+        assert {name: value for name, value in first.items() if not is_time(name)} == {
+            name: value for name, value in second.items() if not is_time(name)
         }
     gap = functools.partial(first_gap, load(model_path), samples)
     metrics = outcomes[0].metrics[0]
     assert metrics["rollout_corr/logprob_abs_diff_mean"] == pytest.approx(gap(oldest=OLDEST_STEP), rel=1e-5)
     assert metrics["rollout_corr/on_policy_logprob_abs_diff_mean"] == pytest.approx(gap(oldest=VERSION.step), rel=1e-5)
-    assert metrics["perf/train_tokens"] == sum(len(sample.token_ids_T) for sample in samples)
+    lengths = [len(sample.token_ids_T) for sample in samples]
+    assert metrics["perf/train_tokens"] == sum(lengths)
+    # 81,920 weights that multiply; 2 layers of 4 heads of 16
+    assert metrics["perf/train_flops"] == 6 * 81_920 * sum(lengths) + 12 * 128 * sum(n * n for n in lengths)
+    assert 0.0 < metrics["perf/mfu"] < 1.0
+    assert metrics["actor/grad_norm_spike"] == 1.0 and metrics["actor/loss_spikes"] == 0.0
 
 
 def first_gap(model: torch.nn.Module, samples: Sequence[Sample], oldest: int) -> float:

@@ -14,8 +14,9 @@ from rlsys.algo.advantages import grpo
 from rlsys.algo.catalogue import NOTHING
 from rlsys.batch.build import build
 from rlsys.plan.tensor_parallel import STYLES
-from tests.laws.layouts import LAYOUTS, MODELS, Layout, Steps, can_run
-from tests.laws.learner_ranks import Ranks, make_groups, section
+from rlsys.train.compiled_ops import load_op
+from tests.laws.layouts import ADAM_LAYOUTS, LAYOUTS, MODELS, Layout, Steps, can_run
+from tests.laws.learner_ranks import Ranks, is_time, make_groups, section
 from tests.laws.test_gradient import (
     EXACT,
     KINDS_OF_ROWS,
@@ -29,6 +30,8 @@ from tests.laws.test_gradient import (
 
 pytestmark = pytest.mark.engines
 
+CLOSE = 1e-4  # of a loss, nats
+
 # Every layout on every other model, and every model in every other layout; ``python -m docs.layouts`` takes them all.
 CASES = [
     (layout, model)
@@ -40,6 +43,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def steps(ranks, tmp_path_factory) -> Iterator[Steps]:
+    load_op("CPUAdamBuilder", device="cpu", deadline_s=600.0)  # where it was never built: longer than ranks answer in
     four = Ranks(4)
     yield Steps(ranks, four, tmp_path_factory.mktemp("models"))
     four.stop()
@@ -51,11 +55,20 @@ def test_a_step_is_the_same_in_every_layout(steps, layout, model):
     assert difference.loss <= EXACT and difference.norm <= EXACT and difference.gradient <= EXACT, difference
 
 
+@pytest.mark.parametrize("layout", ADAM_LAYOUTS)
+def test_twenty_steps_of_adam_have_the_losses_of_one_process_in_every_layout(steps, layout):
+    assert steps.adam_gap(LAYOUTS[layout]) <= CLOSE
+    losses = steps.adam_losses()
+    assert abs(losses[10] - losses[0]) > 100 * CLOSE  # the same batch: it was learnt from
+
+
 def test_the_table_of_layouts_has_their_rows_and_columns_and_keeps_the_law():
     head, *rows = docs.layouts.read_table()
-    assert head == ["layout", *MODELS]
+    assert head == ["layout", *MODELS, docs.layouts.ADAM_COLUMN]
     assert [name for name, *_ in rows] == list(LAYOUTS)
-    for name, *cells in rows:
+    for name, *cells, adam in rows:
+        assert (adam != NOTHING) == (name in ADAM_LAYOUTS)
+        assert adam == NOTHING or 0.0 < float(adam) <= CLOSE
         for model, cell in zip(MODELS.values(), cells, strict=True):
             assert (cell != NOTHING) == can_run(model, LAYOUTS[name])
             assert cell == NOTHING or 0.0 < float(cell) <= EXACT
@@ -90,7 +103,7 @@ def test_what_looks_at_the_whole_batch_sees_each_rank_once(steps, model_path, ki
     for outcome in four:
         (metrics,) = outcome.metrics
         assert metrics.keys() == wanted.keys()
-        for name in metrics.keys() - {name for name in metrics if name.startswith("timing_s/")}:
+        for name in metrics.keys() - {name for name in metrics if is_time(name)}:
             assert metrics[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-5), name
 
 

@@ -36,14 +36,12 @@ from rlsys.train.learner import LearnerRank
 from rlsys.train.objective import Divergence, Objective
 from rlsys.train.resume import check_layout
 from tests.laws.layouts import make_folder
-from tests.laws.learner_ranks import DEADLINE_S, TEMPERATURE, make_groups, make_model, section
+from tests.laws.learner_ranks import DEADLINE_S, TEMPERATURE, is_time, make_groups, make_model, section
 
 pytestmark = pytest.mark.engines
 
 WARMUP_STEPS, LR = 8, 1e-2
-ADAMW = {"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}}}
-BFLOAT16 = {"bf16": {"enabled": True}}
-EVERY_PARAMETER_SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+BFLOAT16 = {"dtype": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +63,7 @@ def live(
     batches: Sequence[Batch],
     *,
     checkpoint: str | None = None,
+    run_batches: int = 1,
     save_after: int = -1,
     save_to: str = "",
     max_file_bytes: Mapping[int, int] | None = None,
@@ -73,6 +72,7 @@ def live(
     """One rank from start to stop; it draws random numbers at the checkpoint.
 
     Args:
+        run_batches: of the whole run.
         save_after: so many batches.
         max_file_bytes: by rank, how long its files may become in a first attempt to save, which has to fail there.
     """
@@ -81,6 +81,7 @@ def live(
         train=train,
         temperature=TEMPERATURE,
         objective=Objective(loss=ppo_clip, correction=partial(tis, cap=2.0), kl=kl),
+        batches=run_batches,
         seed=11 + rank,
         threads=1,
     )
@@ -99,12 +100,13 @@ def live(
                 drawn = torch.rand(3).tolist()
             metrics.append(learner.step(batch.for_rank(rank * train.ranks // train.processes)))  # while it is written
         if save_after >= 0:
-            assert learner.checkpoint_written(DEADLINE_S).failure == ""
+            written = learner.checkpoint_written(DEADLINE_S)
+            assert written is not None and written.failure == ""
         learner.export(lambda name, tensor: weights.update({name: tensor.float().numpy().copy()}))
     finally:
         learner.stop()
     return Life(
-        metrics=[{name: value for name, value in own.items() if "timing_s" not in name} for own in metrics],
+        metrics=[{name: value for name, value in own.items() if not is_time(name)} for own in metrics],
         drawn=drawn,
         weights=weights,
     )
@@ -178,7 +180,7 @@ def six_batches(world_size: int, steps_per_batch: int) -> list[Batch]:
     return batches
 
 
-def adamw(zero_stage: int, ranks: int, **deepspeed: Any) -> TrainSection:
+def adamw(zero_stage: int, ranks: int, **keys: Any) -> TrainSection:
     return section(
         zero_stage,
         ranks,
@@ -186,12 +188,14 @@ def adamw(zero_stage: int, ranks: int, **deepspeed: Any) -> TrainSection:
         max_grad_norm=1.0,
         warmup_steps=WARMUP_STEPS,
         timeout_s=120.0,
-        deepspeed={**ADAMW, **(EVERY_PARAMETER_SHARDED if zero_stage == 3 else {}), **deepspeed},
+        optimizer={"name": "adamw"},
+        weight_decay=0.1,
+        **keys,
     )
 
 
 @pytest.mark.parametrize(
-    ("ranks", "zero_stage", "steps_per_batch", "passed"),
+    ("ranks", "zero_stage", "steps_per_batch", "keys"),
     [
         (1, 0, 2, {}),
         (1, 1, 2, {}),
@@ -202,12 +206,14 @@ def adamw(zero_stage: int, ranks: int, **deepspeed: Any) -> TrainSection:
         (2, 3, 2, {}),
         (1, 0, 2, BFLOAT16),
         (2, 2, 1, BFLOAT16),
+        (2, 2, 1, {"offload": "optimizer"}),
+        (2, 3, 2, {"offload": "optimizer+params", **BFLOAT16}),
     ],
 )
 def test_a_learner_goes_on_from_its_checkpoint_bit_for_bit(
-    lives, model_path, tmp_path, ranks, zero_stage, steps_per_batch, passed
+    lives, model_path, tmp_path, ranks, zero_stage, steps_per_batch, keys
 ):
-    train = adamw(zero_stage, ranks, **passed)
+    train = adamw(zero_stage, ranks, **keys)
     batches = six_batches(ranks, steps_per_batch)
     folder = tmp_path / "learner"
     whole = lives(ranks, model_path, train, batches, save_after=3, save_to=str(folder))
@@ -222,6 +228,18 @@ def test_a_learner_goes_on_from_its_checkpoint_bit_for_bit(
     done = [(index + 1) * steps_per_batch for index in range(6)]
     assert [own["actor/lr"] for own in whole[0].metrics] == [LR * min(1.0, step / WARMUP_STEPS) for step in done]
     assert ranks == 1 or whole[0].drawn != whole[1].drawn
+
+
+def test_a_run_that_is_made_longer_goes_on_in_the_stable_phase_and_warms_up_again_where_asked(
+    lives, model_path, tmp_path
+):
+    keys = {"schedule": {"name": "wsd", "decay_share": 0.5}, "rewarm_steps": 4}
+    train = adamw(2, 1, **keys).model_copy(update={"warmup_steps": 0})
+    batches, folder = six_batches(1, 1), str(tmp_path)
+    (short,) = lives(1, model_path, train, batches[:4], run_batches=4, save_after=3, save_to=folder)
+    (longer,) = lives(1, model_path, train, batches[3:], run_batches=60, checkpoint=folder)
+    assert [own["actor/lr"] for own in short.metrics] == [LR, LR, LR, LR / 2]
+    assert [own["actor/lr"] for own in longer.metrics] == [LR / 4, LR / 2, LR * 3 / 4]
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])

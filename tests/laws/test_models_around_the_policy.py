@@ -25,7 +25,7 @@ from rlsys.records import Sample, TeacherScores, Version
 from rlsys.train.critic import CriticPlan
 from rlsys.train.objective import Divergence, Objective, Teaching
 from rlsys.train.terms import Term
-from tests.laws.learner_ranks import TEMPERATURE, VOCABULARY, Outcome, Ranks, make_groups, section
+from tests.laws.learner_ranks import TEMPERATURE, VOCABULARY, Outcome, Ranks, is_time, make_groups, section
 
 VERSION = Version(incarnation=0, step=7)
 EXACT = 1e-5
@@ -364,10 +364,11 @@ def test_everything_around_the_policy_goes_on_where_it_was_saved(
                 metrics.append(learner.step(packed[index]))
                 if index == save_after:
                     learner.save_checkpoint(str(tmp_path / "saved"))
-                    assert learner.checkpoint_written(60.0).failure == ""
+                    written = learner.checkpoint_written(60.0)
+                    assert written is not None and written.failure == ""
         finally:
             learner.stop()
-        return [{k: v for k, v in own.items() if not k.startswith("timing_s/")} for own in metrics]
+        return [{k: v for k, v in own.items() if not is_time(k)} for own in metrics]
 
     whole = life(zero_stage, 0, None, save_after=0)
     saved = tmp_path / "saved"

@@ -71,6 +71,8 @@ class OwnForwardEngine:
         self.version = weights.version
         return LoadReport(engine="own", version=weights.version, pause_s=0.0, total_s=0.0, probe_difference=0.0)
 
+    async def interrupt(self) -> None: ...
+
     async def stop(self) -> None: ...
 
 

@@ -180,7 +180,7 @@ def _let_go(scene: Scene, steps: list[int] | None) -> dict[str, PartialRollout]:
         handed_out[member.name] = replace(partial, turn=None) if steps is None else partial
         return handed_out[member.name]
 
-    scene.fleet.play = play_or_let_go
+    scene.fleet.play = play_or_let_go  # type: ignore[method-assign]
     return handed_out
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlsys.config.schema import TrainSection
 from rlsys.errors import ConfigError
 from rlsys.train import head as head_module
-from rlsys.train.head import LeanHead
+from rlsys.train.head import LeanHead, give_logits_in_float32
 from rlsys.train.logprobs import logprobs_by
 from rlsys.train.sameness import check_is_same_model, has_plain_head, tried
 
@@ -166,6 +166,36 @@ def test_a_model_says_the_same_by_its_lean_head_and_by_whole_logits():
     assert not lean.logprobs[0, 3] and lean.candidate_logprobs.shape == (2, 6, 3)
 
 
+def test_a_head_in_float32_has_the_logprobs_and_gradients_of_one_that_rounds_nothing():
+    torch.manual_seed(0)
+    hidden = (4 * torch.randn(1, 50, WIDTH)).bfloat16()
+    head = torch.nn.Linear(WIDTH, VOCABULARY).bfloat16()
+    plain = torch.nn.Linear(WIDTH, VOCABULARY).double()
+    plain.load_state_dict(head.state_dict())
+    targets = torch.randint(0, VOCABULARY, (1, 50, 1))
+    wanted = plain_answers(hidden.double(), plain, targets, 0.7)
+    gaps = []
+    for in_float32 in (True, False):
+        mine = hidden.clone().requires_grad_()
+        with LeanHead(head, in_float32=in_float32).looking_up(targets, 0.7, True):
+            got = head(mine)
+        got.sum().backward()
+        assert mine.grad is not None and mine.grad.dtype == head.weight.grad.dtype == torch.bfloat16
+        gaps.append(float((got - wanted).detach().abs().max()))
+    assert gaps[0] < 1e-4 < 1e-3 < gaps[1]
+
+
+def test_logits_in_float32_are_those_of_the_weights_as_they_are():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(1, 5, WIDTH).bfloat16(), torch.nn.Linear(WIDTH, VOCABULARY).bfloat16()
+    wanted = torch.nn.functional.linear(hidden.double(), head.weight.double(), head.bias.double())
+    assert float((head(hidden) - wanted).abs().max()) > 1e-3
+    give_logits_in_float32(head)
+    torch.testing.assert_close(head(hidden).double(), wanted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match="float32_head"):
+        give_logits_in_float32(torch.nn.Identity())
+
+
 def test_a_model_that_became_another_one_when_it_was_cut_is_refused():
     train = TrainSection(tensor_parallel=2)
     check_is_same_model(torch.zeros(2, 8), torch.full((2, 8), 1e-5), train)
@@ -173,6 +203,4 @@ def test_a_model_that_became_another_one_when_it_was_cut_is_refused():
         with pytest.raises(ConfigError) as caught:
             check_is_same_model(got, torch.zeros(2, 8), train)
         assert caught.value.what == "train.tensor_parallel=2"
-    check_is_same_model(
-        torch.full((2, 8), 0.01), torch.zeros(2, 8), TrainSection(deepspeed={"bf16": {"enabled": True}})
-    )
+    check_is_same_model(torch.full((2, 8), 0.01), torch.zeros(2, 8), TrainSection(dtype="bfloat16"))

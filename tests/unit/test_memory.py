@@ -27,20 +27,23 @@ def predicted(shape: ModelShape = SHAPE, number: int = PARAMETERS, **keys):
     return predict(number, shape, TrainSection.model_validate(keys), tokens=100, longest=10)
 
 
-BF16 = {"bf16": {"enabled": True}}
+BF16 = "bfloat16"
 
 
 @pytest.mark.parametrize(
     ("keys", "weights", "gradients", "optimizer"),
     [
         ({}, 4000, 4000, 8000),
-        ({"deepspeed": {"optimizer": {"type": "SGD"}}}, 4000, 4000, 0),
-        ({"deepspeed": BF16}, 2000, 2000, 12_000),
+        ({"optimizer": {"name": "sgd"}}, 4000, 4000, 0),
+        ({"dtype": BF16}, 2000, 2000, 12_000),
         ({"zero_stage": 1, "ranks": 4}, 4000, 4000, 3000),
         ({"zero_stage": 2, "ranks": 4}, 4000, 1000, 3000),
         ({"zero_stage": 3, "ranks": 4}, 1000, 1000, 3000),
-        ({"zero_stage": 3, "ranks": 4, "deepspeed": BF16}, 500, 500, 3000),
+        ({"zero_stage": 3, "ranks": 4, "dtype": BF16}, 500, 500, 3000),
         ({"tensor_parallel": 2}, 2000, 2000, 4000),
+        ({"zero_stage": 1, "offload": "optimizer"}, 4000, 4000, 12_000),
+        ({"zero_stage": 1, "offload": "optimizer", "gpus_per_rank": 1}, 4000, 4000, 0),
+        ({"zero_stage": 3, "offload": "optimizer+params", "gpus_per_rank": 1}, 0, 4000, 0),
     ],
 )
 def test_what_stays_is_counted_by_parameters(keys, weights, gradients, optimizer):
@@ -84,7 +87,7 @@ def test_what_is_meant_to_save_memory_does(keys, tokens):
     assert total(tokens - 100) < total() < total(tokens + 100)
     assert total(tensor_parallel=keys["tensor_parallel"] + 1) < total()
     assert total(zero_stage=2) <= total(zero_stage=1)
-    assert total(deepspeed=BF16, activation_checkpointing=False) <= total(activation_checkpointing=False)
+    assert total(dtype=BF16, activation_checkpointing=False) <= total(activation_checkpointing=False)
 
 
 def test_what_cannot_fit_is_refused_with_the_key_that_helps_most(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from rlsys.errors import ConfigError
 from rlsys.plan import algorithm, facts, references
 from rlsys.plan.engine_arguments import check_engine_arguments, check_engine_workers
 from rlsys.plan.preflight import preflight
+from rlsys.plan.training import check_training
 from rlsys.prompts.question import Question
 from rlsys.prompts.source import LoadedData, PromptSource
 from rlsys.prompts.split import Split
@@ -324,9 +325,48 @@ def test_an_engine_with_what_its_processes_need_is_taken(overrides):
 
 
 def test_deepspeed_options_that_contradict_a_key_are_refused():
-    references.check_deepspeed_options(config_of("train.deepspeed.zero_optimization.overlap_comm=true"))
-    error = refused(references.check_deepspeed_options, config_of("train.deepspeed.gradient_clipping=3"))
+    check_training(config_of("train.deepspeed.zero_optimization.overlap_comm=true"))
+    error = refused(check_training, config_of("train.deepspeed.gradient_clipping=3"))
     assert error.what == "train.deepspeed.gradient_clipping" and "train.max_grad_norm" in error.remedy
+
+
+@pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
+def test_a_disk_for_optimizer_or_weights_is_refused_where_deepspeed_has_no_library_to_reach_it(monkeypatch, part):
+    key = f"train.deepspeed.zero_optimization.{part}.device"
+    config = config_of("train.zero_stage=3", f"{key}=nvme")
+    monkeypatch.setattr("rlsys.plan.training.find_library", lambda name: "libaio.so.1")
+    check_training(config)
+    monkeypatch.setattr("rlsys.plan.training.find_library", lambda name: None)
+    error = refused(check_training, config)
+    assert (error.what, error.got) == (key, "'nvme' on a machine without libaio")
+    assert refused(check_training, config_of("train.zero_stage=3", f"{key}=cpu")).remedy == "set train.offload instead"
+
+
+def test_an_offloaded_optimizer_is_refused_where_it_cannot_be_compiled(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    words = ["train.zero_stage=2", "train.offload=optimizer"]
+    assert "to compile" in refused(check_training, config_of(*words)).got
+    check_training(config_of(*words, "train.optimizer={name: sgd}"))  # torch's own
+    check_training(config_of(*words, "ray.address=10.0.0.1:6379"))  # another machine's compiler
+
+
+def test_muon_is_refused_where_it_would_be_another_optimizer_in_another_layout():
+    muon = "train.optimizer={name: muon}"
+    check_training(config_of(muon, "train.max_grad_norm=0"))
+    assert refused(check_training, config_of(muon)).what == "train.max_grad_norm=1"
+    words = [muon, "train.max_grad_norm=0", "train.tensor_parallel=2"]
+    assert refused(check_training, config_of(*words)).what == "train.tensor_parallel=2"
+
+
+def test_what_is_set_for_training_is_told():
+    words = ["train.schedule={name: wsd, floor: 0.1}", "train.dtype=bfloat16", "train.float32_head=true"]
+    config = config_of(*words, "train.zero_stage=3", "train.offload=optimizer+params", "train.rewarm_steps=5")
+    (sentence,) = [line for line in facts.of_run(config) if line.startswith("learner: ")]
+    assert "ZeRO stage 3 in bfloat16 (head in float32); optimizer and params offloaded to the CPU; " in sentence
+    assert sentence.endswith(
+        "of adamw() at learning rate 1e-05, then wsd(floor=0.1), warming up for 5 steps after a resume"
+    )
 
 
 def test_gpus_are_refused_on_a_machine_without_them_unless_a_cluster_is_named(monkeypatch):

@@ -70,8 +70,9 @@ def test_other_layouts_are_taken(learner, keys):
 @pytest.mark.parametrize(
     ("keys", "moves_reference", "reason"),
     [
-        ({"deepspeed": {"optimizer": {"type": "SGD"}}}, False, "SGD"),
-        ({"zero_stage": 0, "deepspeed": {"bf16": {"enabled": True}}}, False, "bfloat16"),
+        ({"optimizer": {"name": "sgd"}}, False, "sgd"),
+        ({"zero_stage": 0, "dtype": "bfloat16"}, False, "bfloat16"),
+        ({"zero_stage": 1, "offload": "optimizer"}, False, "offloaded"),
         ({"tensor_parallel": 1}, True, "algo.reference_every_steps"),
     ],
 )
@@ -83,7 +84,7 @@ def test_what_cannot_be_converted_is_refused_with_the_layout_that_can_be_read(le
 
 
 def test_the_same_layout_is_read_whatever_the_optimizer(learner):
-    check_layout(learner, train(deepspeed={"optimizer": {"type": "SGD"}}), moves_reference=True)
+    check_layout(learner, train(optimizer={"name": "sgd"}), moves_reference=True)
 
 
 def test_without_zero_the_number_of_ranks_is_free():

@@ -122,7 +122,7 @@ def test_a_segment_grows_in_steps_of_four_mib():
     [(0, False, 12), (1, False, 16), (2, False, 16), (3, False, 12), (0, True, 14), (2, True, 14), (3, True, 12)],
 )
 def test_a_checkpoint_holds_weights_master_copy_and_moments(zero_stage, is_bf16, bytes_a_parameter):
-    train = TrainSection(zero_stage=zero_stage, deepspeed={"bf16": {"enabled": True}} if is_bf16 else {})
+    train = TrainSection(zero_stage=zero_stage, dtype="bfloat16" if is_bf16 else "float32")
     assert checkpoint_bytes(1000, train) == 1000 * bytes_a_parameter
 
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from rlsys.config.schema import TrainSection
+from rlsys.config.schema import Row, TrainSection
 from rlsys.errors import ConfigError
 from rlsys.train import logprobs
 from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.logprobs import token_logprobs
+from rlsys.train.optimizers import deepspeed_entry
 
 TOKEN_IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 POSITION_IDS = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
@@ -87,23 +88,48 @@ def test_section_becomes_a_deepspeed_config():
     config = deepspeed_config(train, device="cpu")
     assert config["zero_optimization"]["stage"] == 2
     assert config["gradient_clipping"] == 0.5
-    params = {"lr": 3e-4, "betas": [0.8, 0.9], "weight_decay": 0.1}
+    params = {"lr": 3e-4, "betas": [0.8, 0.9], "weight_decay": 0.1, "eps": 1e-8}
     assert config["optimizer"] == {"type": "AdamW", "params": {"torch_adam": True, **params}}
     assert deepspeed_config(train, device="cuda")["optimizer"]["params"] == params
 
 
-def test_what_the_user_passes_is_merged_and_an_optimizer_replaces_ours_whole():
+def test_what_the_user_passes_is_merged():
     passed = {
-        "optimizer": {"type": "SGD", "params": {"momentum": 0.9}},
         "zero_optimization": {"stage3_param_persistence_threshold": 0, "stage": 3},
-        "bf16": {"enabled": True},
+        "bf16": {"immediate_grad_update": True},
     }
-    config = deepspeed_config(TrainSection(zero_stage=3, lr=0.5, deepspeed=passed), device="cpu")
-    assert config["optimizer"] == {"type": "SGD", "params": {"lr": 0.5, "momentum": 0.9}}
+    config = deepspeed_config(TrainSection(zero_stage=3, dtype="bfloat16", deepspeed=passed), device="cpu")
     assert config["zero_optimization"]["stage3_param_persistence_threshold"] == 0
     assert config["zero_optimization"]["reduce_bucket_size"] > 0
-    assert config["bf16"] == {"enabled": True}
+    assert config["bf16"] == {"enabled": True, "immediate_grad_update": True}
     assert passed["zero_optimization"] == {"stage3_param_persistence_threshold": 0, "stage": 3}  # left as it was
+
+
+def test_what_is_offloaded_waits_on_the_cpu_and_its_adam_is_the_compiled_one():
+    config = deepspeed_config(TrainSection(zero_stage=3, offload="optimizer+params"), device="cpu")
+    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert config["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert "torch_adam" not in config["optimizer"]["params"]
+    config = deepspeed_config(TrainSection(zero_stage=2, offload="optimizer"), device="cuda")
+    assert "offload_param" not in config["zero_optimization"]
+
+
+def test_an_optimizer_is_handed_the_keys_that_are_its_own():
+    entries = {
+        name: deepspeed_entry(TrainSection(optimizer=Row(name=name), lr=0.5), device="cuda")
+        for name in ("adam", "sgd", "lion", "muon")
+    }
+    common = {"lr": 0.5, "weight_decay": 0.0}
+    betas = {"betas": [0.9, 0.999]}
+    plain = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
+    assert entries["adam"] == {"type": "Adam", "params": {**common, **betas, "eps": 1e-8, "adam_w_mode": False}}
+    assert entries["sgd"] == {"type": "SGD", "params": {**common, **plain}}
+    assert entries["lion"] == {"type": "Lion", "params": {**common, **betas}}
+    assert entries["muon"] == {"type": "Muon", "params": {**common, **betas, "momentum": 0.95, "eps": 1e-8}}
+    row = Row(name="muon", adam_lr=0.1)
+    assert deepspeed_entry(TrainSection(optimizer=row), device="cuda")["params"]["adam_lr"] == 0.1
+    whole = deepspeed_config(TrainSection(optimizer=row, zero_stage=3, max_grad_norm=0), device="cpu")
+    assert whole["zero_optimization"]["reduce_scatter"] is False
 
 
 @pytest.mark.parametrize(
@@ -113,7 +139,10 @@ def test_what_the_user_passes_is_merged_and_an_optimizer_replaces_ours_whole():
         ({"gradient_clipping": 2.0}, "train.deepspeed.gradient_clipping", "train.max_grad_norm"),
         ({"train_batch_size": 8}, "train.deepspeed.train_batch_size", "train.prompts_per_batch"),
         ({"gradient_accumulation_steps": 4}, "train.deepspeed.gradient_accumulation_steps", "tokens_per_microbatch"),
-        ({"fp16": {"enabled": True}}, "train.deepspeed.fp16.enabled", "bf16"),
+        ({"fp16": {"enabled": True}}, "train.deepspeed.fp16.enabled", "train.dtype=bfloat16"),
+        ({"bf16": {"enabled": True}}, "train.deepspeed.bf16.enabled", "train.dtype"),
+        ({"optimizer": {"type": "SGD"}}, "train.deepspeed.optimizer", "train.optimizer"),
+        ({"scheduler": {"type": "WarmupLR"}}, "train.deepspeed.scheduler", "train.schedule"),
         ({"tensor_parallel": {"autotp_size": 2}}, "train.deepspeed.tensor_parallel.autotp_size", "tensor_parallel"),
         ({"managed_gradient_accumulation": False}, "train.deepspeed.managed_gradient_accumulation", "Leave it out"),
         ({"expert_parallel": {"enabled": True}}, "train.deepspeed.expert_parallel.enabled", "train.expert_parallel"),
