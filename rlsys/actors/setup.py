@@ -77,12 +77,7 @@ async def build_run(
     num_elsewhere = sum(place.node != other_places[0].node for place in engine_places)
     check_reach(config.rollout.weight_channel, num_elsewhere)
     fleet = RayFleet()
-    train = config.train
-    learner = RayLearner(
-        _learner_actors(config, inputs, other_places[: train.processes]),
-        version,
-        processes=train.processes // train.ranks,
-    )
+    learner = _learner(config, inputs, other_places[: config.train.processes], version)
     new_engine = partial(_rollout_actor, config, inputs, rollout_actor)
     machines = _machines(config, fleet, learner, sink, home=other_places[0].node, new_engine=new_engine)
     workers = _reward_workers(config, inputs)
@@ -267,7 +262,7 @@ def _rollout_actor(config: Config, inputs: Inputs, rollout_actor: type[RolloutAc
     return actor.remote(name, settings)
 
 
-def _learner_actors(config: Config, inputs: Inputs, places: Sequence[Place]) -> list[Any]:
+def _learner(config: Config, inputs: Inputs, places: Sequence[Place], version: Version) -> RayLearner:
     train = config.train
     arguments = {
         "model_path": inputs.model_path,
@@ -279,7 +274,7 @@ def _learner_actors(config: Config, inputs: Inputs, places: Sequence[Place]) -> 
         "seed": config.run.seed,
     }
     environment = {"OMP_NUM_THREADS": str(max(1, int(train.cpus_per_rank))), "TOKENIZERS_PARALLELISM": "false"}
-    return [
+    actors = [
         _actor(
             LearnerActor,
             f"learner-{rank}",
@@ -290,6 +285,7 @@ def _learner_actors(config: Config, inputs: Inputs, places: Sequence[Place]) -> 
         ).remote(rank, arguments, config.model.dtype, inputs.adapter_room is not None)
         for rank, place in enumerate(places)
     ]
+    return RayLearner(actors, version, processes=train.processes // train.ranks)
 
 
 def _reward_workers(config: Config, inputs: Inputs) -> list[RayRewardWorker]:

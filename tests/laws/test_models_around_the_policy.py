@@ -350,7 +350,7 @@ def test_everything_around_the_policy_goes_on_where_it_was_saved(
     def life(stage: int, first: int, checkpoint: str | None, save_after: int | None) -> list[dict[str, float]]:
         learner = LearnerRank(
             model_path=model_path,
-            train=section(stage, 1, lr=1e-3, deepspeed={}, lora=lora),
+            train=section(stage, 1, lr=1e-3, optimizer={"name": "adamw"}, lora=lora),
             temperature=1.0,
             objective=objective,
             critic=critic_plan(model_path, lr=1e-3),

@@ -76,7 +76,7 @@ def test_another_model_or_critic_than_that_of_the_checkpoint_is_refused(config, 
 
 
 def test_a_layout_that_it_cannot_be_brought_into_is_refused(config, start, tmp_path):
-    asked = apply_overrides(config, ["train.zero_stage=1", "train.deepspeed.bf16.enabled=true"])
+    asked = apply_overrides(config, ["train.zero_stage=1", "train.dtype=bfloat16"])
     with pytest.raises(ConfigError) as caught:
         check_learner(asked, inputs(write(tmp_path / "model")), start)
     assert caught.value.what == "train.zero_stage=1" and caught.value.remedy == "resume with train.zero_stage=0"
