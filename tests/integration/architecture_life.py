@@ -45,7 +45,7 @@ DEADLINE_S = 240.0
 PROMPTS = ("1+2=", "Which one is the larger, four or seven? Write it as one word: ok")
 GROUP_SIZE = 6
 MAX_TOKENS = 32
-TOKENS_PER_MICROBATCH = 256  # several microbatches
+TOKENS_PER_MICROBATCH = 4096  # so many that further microbatches would cost more than shared rows
 LEARNING_RATE = 2e-2  # Adam: so much does every weight move in a step
 
 

@@ -32,12 +32,12 @@ pytestmark = pytest.mark.engines
 
 CLOSE = 1e-4  # of a loss, nats
 
-# Every layout on every other model, and every model in every other layout; ``python -m docs.layouts`` takes them all.
+# Every layout on every fourth model, and every model in every fourth layout; ``python -m docs.layouts`` takes them all.
 CASES = [
     (layout, model)
     for row, layout in enumerate(LAYOUTS)
     for column, model in enumerate(MODELS)
-    if (row + column) % 2 == 0 and can_run(MODELS[model], LAYOUTS[layout])
+    if (row + column) % 4 == 0 and can_run(MODELS[model], LAYOUTS[layout])
 ]
 
 
