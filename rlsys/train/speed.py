@@ -68,8 +68,9 @@ class Speed:
         self.work = work_of(model)
         is_half = train.dtype == "bfloat16" or "torch_autocast" in train.deepspeed
         own = matrix_peak(torch.bfloat16 if is_half else torch.float32, device)
-        # the processes of a tensor-parallel rank are alike
-        self._peak = train.tensor_parallel * float(parallel.total(torch.tensor(own, dtype=torch.float64), device))
+        # the processes of a data-parallel rank are alike
+        processes = train.processes // train.ranks
+        self._peak = processes * float(parallel.total(torch.tensor(own, dtype=torch.float64), device))
 
     def mfu(self, metrics: Mapping[str, float], seconds: float) -> dict[str, float]:
         """``metrics``: of a step, over all ranks. Nothing where the step trained nothing."""
