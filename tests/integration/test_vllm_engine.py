@@ -146,7 +146,7 @@ def test_a_request_whose_caller_gives_up_leaves_the_engine_and_takes_nobody_alon
 
 
 def test_a_prompt_beyond_the_context_is_refused_and_the_engine_goes_on(bench):
-    too_long = replace(_request("long"), token_ids=[5] * 700)
+    too_long = replace(_request("long"), token_ids=[5] * 1000)
     with pytest.raises(RequestRefused, match="rollout-0"):
         bench.run(bench.engine.generate(too_long))
     with pytest.raises(RequestRefused):
