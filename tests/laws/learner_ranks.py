@@ -83,6 +83,11 @@ def is_time(name: str) -> bool:
     return name.startswith("timing_s/") or name == "perf/mfu"
 
 
+def is_of_layout(name: str) -> bool:
+    """Whether a metric is another one where a batch is spread otherwise, or in other time."""
+    return is_time(name) or name == "perf/balance"
+
+
 def section(zero_stage: int, ranks: int, **keys: Any) -> TrainSection:
     """Plain SGD without clipping, so that a step's gradient can be read from the weights."""
     deepspeed: dict[str, Any] = {}

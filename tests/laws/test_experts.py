@@ -18,7 +18,7 @@ from rlsys.train.critic import CriticPlan
 from rlsys.train.objective import Divergence, Objective
 from rlsys.train.terms import Term
 from tests.laws.layouts import MODELS, make_folder
-from tests.laws.learner_ranks import is_time, make_groups, section
+from tests.laws.learner_ranks import is_of_layout, make_groups, section
 from tests.laws.test_gradient import (
     EXACT,
     OLDEST_STEP,
@@ -204,5 +204,5 @@ def test_the_models_beside_a_policy_that_is_shared_out_are_whole(ranks, referenc
         measured.append(outcomes[0].metrics[1])
     one, two = measured
     assert one.keys() == two.keys() and one["actor/kl_loss"] > 1e-3
-    for name in one.keys() - {name for name in one if is_time(name)}:
+    for name in one.keys() - {name for name in one if is_of_layout(name)}:
         assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name

@@ -16,7 +16,7 @@ from rlsys.batch.build import build
 from rlsys.plan.tensor_parallel import STYLES
 from rlsys.train.compiled_ops import load_op
 from tests.laws.layouts import ADAM_LAYOUTS, LAYOUTS, MODELS, Layout, Steps, can_run
-from tests.laws.learner_ranks import Ranks, is_time, make_groups, section
+from tests.laws.learner_ranks import Ranks, is_of_layout, make_groups, section
 from tests.laws.test_gradient import (
     EXACT,
     KINDS_OF_ROWS,
@@ -103,7 +103,7 @@ def test_what_looks_at_the_whole_batch_sees_each_rank_once(steps, model_path, ki
     for outcome in four:
         (metrics,) = outcome.metrics
         assert metrics.keys() == wanted.keys()
-        for name in metrics.keys() - {name for name in metrics if is_time(name)}:
+        for name in metrics.keys() - {name for name in metrics if is_of_layout(name)}:
             assert metrics[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-5), name
 
 
