@@ -2,7 +2,7 @@
 # Variables: PYTHON, TORCH_INDEX (see requirements/setup.sh); ARGS, more words for the command behind the target, e.g.
 #   make quickstart ARGS="run.name=synchronous rollout.max_staleness=0"
 
-.PHONY: setup quickstart test check chaos
+.PHONY: setup quickstart test test-engines test-pure check chaos
 
 setup:
 	@bash requirements/setup.sh
@@ -12,11 +12,17 @@ quickstart: setup
 
 test: setup
 ifeq ($(strip $(ARGS)),)
-	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not engines"
-	.venv/bin/python -m pytest -m engines
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-engines test-pure
 else
 	.venv/bin/python -m pytest $(ARGS)
 endif
+
+# beside one another: those with engines wait much of their time, and go first where both want a core
+test-engines:
+	MAKEFLAGS= .venv/bin/python -m pytest -m engines
+
+test-pure:
+	MAKEFLAGS= nice -n 5 .venv/bin/python -m pytest -m "not engines"
 
 check: setup
 	.venv/bin/ruff check .
