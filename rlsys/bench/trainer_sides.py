@@ -48,7 +48,7 @@ class Side:
     """
 
     kind: Literal["ours", "bare", "naive"]
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     ranks: int = 1
     threads: int = 2
 
@@ -129,7 +129,7 @@ def section(side: Side, sizes: Sizes) -> TrainSection:
         zero_stage=1 if side.ranks > 1 else 0,
         lr=LR,
         tokens_per_microbatch=sizes.tokens_per_microbatch,
-        dtype="bfloat16" if side.dtype == "bfloat16" else "float32",
+        dtype=side.dtype,
     )
 
 

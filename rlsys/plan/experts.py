@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig
-
-from rlsys.config.load import TINY
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
+from rlsys.plan.tensor_parallel import config_of
 
 # Kinds of models whose experts DeepSpeed shares out (its AutoEP), and the key of their number. It knows more kinds,
 # with shared experts or biases of routers: to these it gives names that transformers does not know.
@@ -23,11 +21,11 @@ def check_experts(config: Config) -> None:
     _check_replay(config)
     if train.expert_parallel == 1 and train.router_aux_coef == 0.0:
         return
-    model = None if config.model.path == TINY else AutoConfig.from_pretrained(config.model.path).get_text_config()
+    model = config_of(config.model.path)
     key = f"train.router_aux_coef={train.router_aux_coef:g}"
     if train.expert_parallel > 1:
         key = f"train.expert_parallel={train.expert_parallel}"
-    if model is None or not any(getattr(model, name, None) for name in _NUMBERS):
+    if not any(getattr(model, name, None) for name in _NUMBERS):
         raise ConfigError(
             key,
             got=f"a model without experts: {config.model.path}",

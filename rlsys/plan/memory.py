@@ -16,12 +16,11 @@ import torch
 
 from rlsys.actors.algorithm import needs_of
 from rlsys.algo.rows import Need
-from rlsys.config.load import TINY
 from rlsys.config.schema import Config, TrainSection
 from rlsys.errors import ConfigError
-from rlsys.models.shape import ModelShape, shape_from, shape_of
-from rlsys.models.tiny.model import make_random_model, make_tokenizer
+from rlsys.models.shape import ModelShape, shape_from
 from rlsys.plan.space import MOMENTS_BYTES, count_parameters, in_units, is_cluster_named
+from rlsys.plan.tensor_parallel import config_of
 
 FACTOR = 1.35  # measured peaks lie between the prediction over this and the prediction times this
 PROCESS_BYTES = 340 << 20  # Python, torch, transformers, DeepSpeed, with nothing loaded
@@ -207,10 +206,7 @@ def _what_helps(config: Config, sequence: int) -> tuple[str, int]:
 
 
 def _shape(path: str) -> ModelShape:
-    if path == TINY:
-        with torch.device("meta"):
-            return shape_from(make_random_model(make_tokenizer()).config)
-    return shape_of(path)
+    return shape_from(config_of(path))
 
 
 def _ram_bytes() -> int:

@@ -61,13 +61,13 @@ def check_space(config: Config, *, adapters_alone: bool = False) -> Space:
     """
     num_parameters = count_parameters(config.model.path)
     num_published = count_trained(config, num_parameters) if adapters_alone else num_parameters
+    checkpoint = _checkpoint_bytes(config, num_parameters)
     space = Space(
         num_parameters=num_parameters,
         shm_bytes=NUM_SEGMENTS * segment_bytes(num_published, config.model.dtype),
         free_shm_bytes=None if is_cluster_named(config) else _free_shm(),
-        checkpoint_bytes=_checkpoint_bytes(config, num_parameters),
-        disk_bytes=(config.checkpoint.keep + 1) * _checkpoint_bytes(config, num_parameters)
-        + EXPORTED_BYTES * num_parameters,
+        checkpoint_bytes=checkpoint,
+        disk_bytes=(config.checkpoint.keep + 1) * checkpoint + EXPORTED_BYTES * num_parameters,
         free_disk_bytes=_free_disk(config),
     )
     _check_shm(config, space)

@@ -55,6 +55,11 @@ class Layout:
         )
 
     @property
+    def processes_a_rank(self) -> int:
+        """Of a data-parallel rank; they stand in a row."""
+        return self.tensor_parallel * self.sequence_parallel
+
+    @property
     def shares_out(self) -> bool:
         """Whether experts or rows are shared out over processes."""
         return self.expert_parallel > 1 or self.sequence_parallel > 1
@@ -198,10 +203,8 @@ def rank_before(rank: int, layout: Layout, saved: Layout) -> int:
         >>> rank_before(3, Layout(ranks=2, zero_stage=1, tensor_parallel=2), Layout(ranks=2, zero_stage=1))
         1
     """
-    if layout == saved:
-        return rank
-    data_rank, part = divmod(rank, layout.tensor_parallel)
-    return data_rank % saved.ranks * saved.tensor_parallel + part % saved.tensor_parallel
+    data_rank, part = divmod(rank, layout.processes_a_rank)
+    return data_rank % saved.ranks * saved.processes_a_rank + part % saved.processes_a_rank
 
 
 def _joined_reference(folder: Path, saved: Layout, part: int) -> list[Tensor]:

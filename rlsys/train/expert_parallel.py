@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from rlsys.train import parallel
 
 
 def is_expert_parallel(module: Any) -> bool:
@@ -28,16 +29,12 @@ def whole_layer(layer: Any) -> dict[str, Tensor]:
     The experts are [E, 2 I, D] and [E, D, I] (E experts, I width within, D width): gate and up are one tensor.
     """
     experts = layer.experts
-    gate, up, down = (_gathered(part.detach(), layer.ep_group) for part in (experts.w1, experts.w3, experts.w2))
+    gate, up, down = (
+        parallel.joined(part.detach(), layer.ep_group, dim=0)  # the first process has the first experts
+        for part in (experts.w1, experts.w3, experts.w2)
+    )
     return {
         "gate.weight": layer.router.gate.weight.data,
         "experts.gate_up_proj": torch.cat([gate, up], dim=1),
         "experts.down_proj": down,
     }
-
-
-def _gathered(own: Tensor, group: Any) -> Tensor:
-    """Of all processes of the group, one after another: the first has the first experts."""
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own.contiguous(), group=group)
-    return torch.cat(parts)

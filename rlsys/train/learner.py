@@ -132,7 +132,7 @@ class LearnerRank:
             master_addr=master_addr,
             master_port=master_port,
             timeout_s=self._train.timeout_s,
-            processes_a_rank=world_size // layout.ranks,
+            processes_a_rank=layout.processes_a_rank,
         )
         trained = partial(Trained, deepspeed=self._deepspeed, device=self._device, rank=rank, layout=layout)
         self._start_policy(layout, trained)

@@ -99,16 +99,25 @@ def on_any_rank(flag: bool, device: str) -> bool:
 
 def total(numbers: Tensor, device: str) -> Tensor:
     """The sum over all data-parallel ranks, of a tensor that has the same shape on each."""
-    result = numbers.detach().to(device, copy=True)
-    dist.all_reduce(result, op=dist.ReduceOp.SUM, group=_data_group)
-    return result.to(numbers.device)
+    return _summed(numbers, device, _data_group)
 
 
 def total_of_processes(numbers: Tensor, device: str) -> Tensor:
     """The sum over all processes, of what each has of its own."""
+    return _summed(numbers, device, None)
+
+
+def _summed(numbers: Tensor, device: str, group: Any) -> Tensor:
     result = numbers.detach().to(device, copy=True)
-    dist.all_reduce(result, op=dist.ReduceOp.SUM)
+    dist.all_reduce(result, op=dist.ReduceOp.SUM, group=group)
     return result.to(numbers.device)
+
+
+def joined(own: Tensor, group: Any, dim: int) -> Tensor:
+    """The pieces of all processes of ``group``, alike in shape, one after another along ``dim``."""
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
 
 
 def gathered(numbers: Tensor) -> Tensor:

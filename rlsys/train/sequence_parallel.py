@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlsys.errors import ConfigError
+from rlsys.train import parallel
 
 _NAME = "rlsys_sequence_parallel"  # of the attention, for transformers
 
@@ -117,9 +118,7 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: Any, place: int) -> Tensor:
         ctx.place, ctx.length = place, own.shape[1]
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, own.contiguous(), group=group)
-        return torch.cat(parts, dim=1)
+        return parallel.joined(own, group, dim=1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
