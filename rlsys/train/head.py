@@ -197,7 +197,7 @@ def _blocks(
             _put_product(logits_NB, hidden_ND, weight_BD.t())
         else:
             logits_NB.copy_(F.linear(hidden_ND, weight_BD, bias_V[block].to(hidden_ND.dtype)))
-        yield first, logits_NB.div_(temperature)
+        yield first, logits_NB if temperature == 1.0 else logits_NB.div_(temperature)
 
 
 def _put_product(place: Tensor, left: Tensor, right: Tensor) -> None:

@@ -73,6 +73,9 @@ class Trained:
             model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
             config=config,
         )
+        # one rank without ZeRO has nothing to add up, and DeepSpeed would copy its whole gradient to and fro for that
+        self._adds_up = layout.zero_stage > 0 or layout.ranks > 1
+        self._engine.enable_backward_allreduce &= self._adds_up
         if base is not None:
             leave_out_frozen(self.module)
         self._rate = rate
@@ -137,6 +140,8 @@ class Trained:
         for group, peak in zip(self._engine.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         if self._layout.zero_stage == 0:
+            if not self._adds_up:
+                self._fill_gradients()
             norm = self._gradient_norm()
             self.refuse_unless_finite(math.isfinite(norm), "the gradient norm", version)
             if self._clips_itself and 0.0 < self._max_norm < norm:
@@ -150,6 +155,12 @@ class Trained:
             is_left_out = bool(self._engine.optimizer.overflow)
             self.refuse_unless_finite(not is_left_out and math.isfinite(norm), "the gradient norm", version)
         self._taken.append((self._peaks[0] * factor, norm))
+
+    def _fill_gradients(self) -> None:
+        """Zeros where nothing reached a weight, as DeepSpeed has them where it adds up: weight decay is for all."""
+        for parameter in self.module.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _factor(self) -> float:
         """Of the next step; DeepSpeed counts the steps, and keeps their number in its checkpoints."""
