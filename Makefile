@@ -2,7 +2,7 @@
 # Variables: PYTHON, TORCH_INDEX (see requirements/setup.sh); ARGS, more words for the command behind the target, e.g.
 #   make quickstart ARGS="run.name=synchronous rollout.max_staleness=0"
 
-.PHONY: setup quickstart test test-engines test-pure check chaos
+.PHONY: setup quickstart test test-engines test-learners test-pure check chaos
 
 setup:
 	@bash requirements/setup.sh
@@ -12,14 +12,17 @@ quickstart: setup
 
 test: setup
 ifeq ($(strip $(ARGS)),)
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-engines test-pure
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target test-engines test-learners test-pure
 else
 	.venv/bin/python -m pytest $(ARGS)
 endif
 
-# beside one another: those with engines wait much of their time, and go first where both want a core
+# beside one another: processes that start and meet wait much of their time. What is no whole run yields the core
 test-engines:
-	MAKEFLAGS= .venv/bin/python -m pytest -m engines
+	MAKEFLAGS= .venv/bin/python -m pytest -m engines --ignore=tests/laws
+
+test-learners:
+	MAKEFLAGS= nice -n 2 .venv/bin/python -m pytest -m engines tests/laws
 
 test-pure:
 	MAKEFLAGS= nice -n 5 .venv/bin/python -m pytest -m "not engines"

@@ -26,7 +26,7 @@ from rlsys.bench.trainer_head import HeadFigures, HeadSizes, measure_head
 from rlsys.bench.trainer_sides import DTYPES, Side, Work, running
 from rlsys.models.shape import shape_of
 
-SIZES = Sizes(is_tiny=False, sequences=20, longest=160, tokens_per_microbatch=640, rows=8, row_tokens=128, repeats=3)
+SIZES = Sizes(is_tiny=False, sequences=20, longest=160, tokens_per_microbatch=1280, rows=8, row_tokens=128, repeats=3)
 HEAD_TOKENS = 2048
 THREADS = 2
 PACKED_WANTED, OVERHEAD_WANTED, MEMORY_WANTED = 2.0, 0.05, 0.15

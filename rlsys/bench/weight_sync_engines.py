@@ -38,17 +38,25 @@ class Plan:
     """What is measured of one model.
 
     Attributes:
-        engines: how many serve at once, one figure each; the most of them last.
+        engines: how many serve at once, one figure each; the most of them last. Those that the memory does not hold
+            are left out, the first one excepted.
         period_s: between the beginnings of two updates.
+        engine_mb: memory of an engine at the most.
     """
 
     engines: Sequence[int]
     period_s: float
+    engine_mb: float
+
+    def within(self, available_mb: float) -> Plan:
+        first, *others = self.engines
+        return replace(self, engines=[first, *(num for num in others if num * self.engine_mb <= available_mb)])
 
 
 def measure_engines(folder: Path, model: PreTrainedModel, run: str, plan: Plan) -> dict[str, float]:
     """Figures as ``rlsys.bench.weight_sync`` names them, without the model's size. Changes the model's weights."""
-    return asyncio.run(_measure(folder, run, _versions(model, run), plan))
+    versions = _versions(model, run)
+    return asyncio.run(_measure(folder, run, versions, plan.within(_available_mb())))
 
 
 class _Supply:
@@ -199,6 +207,12 @@ def _status_mb(pid: int, field: str) -> float:
         line for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines() if line.startswith(field)
     ]
     return int(line.split()[1]) * 1024 / 1e6
+
+
+def _available_mb() -> float:
+    """Memory of the machine that processes may take now."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024 / 1e6
 
 
 def _cpu_s(pid: int) -> float:

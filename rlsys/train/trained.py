@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -175,11 +175,11 @@ class Trained:
             if parameter.grad is not None:
                 is_piece = getattr(parameter, "tensor_model_parallel", False) or is_part_of_experts(parameter)
                 (pieces if is_piece else whole).append(parameter.grad)
-        norm_of_whole = torch.nn.utils.get_total_norm(whole)
+        norm_of_whole = _norm(whole)
         group = self._group_of_pieces()
         if group is None:
             return float(norm_of_whole)
-        square_of_pieces = torch.nn.utils.get_total_norm(pieces).square()
+        square_of_pieces = _norm(pieces).square()
         torch.distributed.all_reduce(square_of_pieces, group=group)
         return float((norm_of_whole.square() + square_of_pieces).sqrt())
 
@@ -237,3 +237,10 @@ class Trained:
         self._engine.destroy()
         self._engine = None
         gc.collect()  # the engine's hooks hold it in cycles
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all of them together, float32 whatever theirs is: in bfloat16 it would have three digits."""
+    if not tensors:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t, dtype=torch.float32) for t in tensors]))

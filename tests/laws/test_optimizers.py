@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
 from typing import Any
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 
 from rlsys.algo.advantages import grpo
 from rlsys.batch.build import build
+from rlsys.train import parallel
+from rlsys.train.checkpoint import Layout
+from rlsys.train.schedule import LearningRate
+from rlsys.train.trained import Trained
 from tests.laws.learner_ranks import make_groups, section
 from tests.laws.test_gradient import OLDEST_STEP, VERSION, load, packed, reference_step
 
@@ -58,3 +63,36 @@ def test_muon_is_the_same_in_every_layout_but_for_its_rounding(ranks, model_path
     wanted, got = losses(ranks, model_path, 1, 0, **keys), losses(ranks, model_path, 2, zero_stage, **keys)
     assert got == pytest.approx(wanted, abs=1e-3)
     assert abs(wanted[-1] - wanted[0]) > 1e-2
+
+
+class HalfUsed(torch.nn.Module):
+    """One of its weights reaches nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return (self.used * value).sum()
+
+
+def decay_alone(pipe: Any) -> None:
+    deepspeed = parallel.load_deepspeed("cpu")
+    address = {"master_addr": "127.0.0.1", "master_port": 0}  # any free port
+    parallel.join(deepspeed, device="cpu", rank=0, world_size=1, timeout_s=60.0, **address)
+    train = section(0, 1, lr=0.1, optimizer={"name": "adamw"}, weight_decay=0.5, max_grad_norm=0.0)
+    layout = Layout.of(train, world_size=1)
+    trained = Trained(HalfUsed(), train, LearningRate(), deepspeed=deepspeed, device="cpu", rank=0, layout=layout)
+    trained.backward(trained(value=torch.ones(3)), 1.0, is_last=True)
+    trained.step(VERSION)
+    pipe.send(trained.module.unused.tolist())
+
+
+def test_weights_that_nothing_reached_decay_on_a_rank_alone_as_well():
+    here, there = mp.get_context("spawn").Pipe()
+    process = mp.get_context("spawn").Process(target=decay_alone, args=(there,))
+    process.start()
+    there.close()
+    assert here.poll(120.0)
+    assert here.recv() == pytest.approx([0.95] * 3)  # 1 - lr x weight decay
+    process.join(60.0)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from rlsys.algo.advantages import grpo
+from rlsys.batch.build import build
 from tests.laws.learner_ranks import VOCABULARY, make_groups, section
-from tests.laws.test_gradient import VERSION
+from tests.laws.test_gradient import OLDEST_STEP, VERSION, packed
 
 pytestmark = pytest.mark.engines
 
@@ -56,3 +58,15 @@ def test_a_float32_head_brings_a_bfloat16_model_closer_to_the_float32_one(ranks,
     )
     print(f"mean |difference| from float32: {half:.4f} with a bfloat16 head, {mixed:.4f} with a float32 one")
     assert mixed < 0.9 * half
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_the_gradient_norm_in_bfloat16_is_that_of_float32_to_its_digits(ranks, model_path, zero_stage):
+    samples = build(make_groups(VERSION), advantage=grpo, oldest_step=OLDEST_STEP, correct_at=1.0)
+
+    def norm(dtype: str) -> float:
+        train = section(zero_stage, 2, dtype=dtype, optimizer={"name": "adamw"}, lr=1e-3)
+        outcome, _ = ranks.run(2, packed(samples, 2, 64), model_path=model_path, train=train)
+        return outcome.metrics[0]["actor/grad_norm"]
+
+    assert norm("bfloat16") == pytest.approx(norm("float32"), rel=0.02)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,15 @@ def test_the_table_names_every_model_and_number_of_engines(found):
     lines = _table(figures).splitlines()
     assert sum("2.1%" in line and "1234ms" in line for line in lines) == sum(len(p.engines) for p in PLANS.values())
     assert "weight-sync" in BENCHES
+    del figures["m135/4_engines/shm/pause_ms"]
+    assert "4  left out: wants 18 GB" in _table(figures)
+
+
+def test_engines_that_memory_does_not_hold_are_left_out():
+    plan = PLANS["m135"]
+    assert list(plan.within(3.5 * plan.engine_mb).engines) == [1, 2, 3]
+    assert list(plan.within(0.0).engines) == [1]  # it is tried: the estimate may be wrong
+    assert plan.within(1e6) == replace(plan, engines=[1, 2, 3, 4])
 
 
 def test_what_a_process_uses_is_read_from_the_system():
