@@ -43,11 +43,11 @@ class Side:
     """What is measured.
 
     Attributes:
-        kind: ours, the bare loop, or the plain loop of transformers.
+        kind: ours, the bare loop, the plain loop of transformers, or that one with our head.
         ranks, threads: processes, and threads of each.
     """
 
-    kind: Literal["ours", "bare", "naive"]
+    kind: Literal["ours", "bare", "naive", "lean"]
     dtype: Literal["float32", "bfloat16"] = "float32"
     ranks: int = 1
     threads: int = 2
@@ -110,7 +110,8 @@ def running(side: Side, model_path: str, sizes: Sizes) -> Iterator[Running]:
 def _serve(pipe: Any, side: Side, rank: int, port: int, model_path: str, sizes: Sizes) -> None:
     try:
         torch.set_num_threads(side.threads)
-        runs = {"ours": _ours, "bare": _bare, "naive": _naive}[side.kind](side, rank, port, model_path, sizes)
+        make = {"ours": _ours, "bare": _bare, "naive": _naive, "lean": _naive}[side.kind]
+        runs = make(side, rank, port, model_path, sizes)
         while True:
             run = runs[pipe.recv()]
             began = perf_counter()
@@ -192,8 +193,9 @@ def _bare(side: Side, rank: int, port: int, model_path: str, sizes: Sizes) -> Ru
 
 def _naive(side: Side, rank: int, port: int, model_path: str, sizes: Sizes) -> Runs:
     """All sequences in one row whose positions restart, or each in a row of its own; the softmax of the whole logits in
-    float32; AdamW of torch."""
+    float32, or our head; AdamW of torch."""
     model = load_model(model_path).to(DTYPES[side.dtype])
+    head = LeanHead(model.get_output_embeddings()) if side.kind == "lean" else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     (part,) = _batches(model_path, sizes, 0, 1)["rows"].parts
     token_ids = torch.cat([microbatch.token_ids for microbatch in part.microbatches])
@@ -204,9 +206,12 @@ def _naive(side: Side, rank: int, port: int, model_path: str, sizes: Sizes) -> R
         def laid(tensor: Tensor) -> Tensor:
             return tensor.reshape(shape)
 
-        logits = model(input_ids=laid(token_ids), position_ids=laid(positions), use_cache=False).logits
-        logprobs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
-        taken = logprobs.gather(2, laid(token_ids)[:, 1:, None]).squeeze(2)
+        if head is None:
+            logits = model(input_ids=laid(token_ids), position_ids=laid(positions), use_cache=False).logits
+            logprobs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+            taken = logprobs.gather(2, laid(token_ids)[:, 1:, None]).squeeze(2)
+        else:
+            taken = logprobs_by(model, head, laid(token_ids), laid(positions), temperature=1.0).logprobs[:, 1:]
         (-(taken * laid(advantages)[:, 1:]).sum() / part.num_weighted_tokens).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -74,7 +74,7 @@ class Trained:
             config=config,
         )
         # one rank without ZeRO has nothing to add up, and DeepSpeed would copy its whole gradient to and fro for that
-        self._adds_up = layout.zero_stage > 0 or layout.ranks > 1
+        self._adds_up = layout.zero_stage > 0 or layout.ranks * layout.sequence_parallel > 1
         self._engine.enable_backward_allreduce &= self._adds_up
         if base is not None:
             leave_out_frozen(self.module)

@@ -78,8 +78,10 @@ class HalfUsed(torch.nn.Module):
 
 def decay_alone(pipe: Any) -> None:
     deepspeed = parallel.load_deepspeed("cpu")
-    address = {"master_addr": "127.0.0.1", "master_port": 0}  # any free port
-    parallel.join(deepspeed, device="cpu", rank=0, world_size=1, timeout_s=60.0, **address)
+    any_port = 0
+    parallel.join(
+        deepspeed, device="cpu", rank=0, world_size=1, master_addr="127.0.0.1", master_port=any_port, timeout_s=60.0
+    )
     train = section(0, 1, lr=0.1, optimizer={"name": "adamw"}, weight_decay=0.5, max_grad_norm=0.0)
     layout = Layout.of(train, world_size=1)
     trained = Trained(HalfUsed(), train, LearningRate(), deepspeed=deepspeed, device="cpu", rank=0, layout=layout)

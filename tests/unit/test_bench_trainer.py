@@ -47,6 +47,7 @@ def test_the_padded_form_holds_the_same_tokens_and_the_same_weight():
 def test_ratios_are_those_of_the_formulas():
     seconds = {name: 1.0 for sides in COMPARISONS.values() for name in sides}
     seconds |= {"packed": 2.0, "padded": 5.0, "bare": 1.6, "ours_bf16": 0.5, "naive": 1.5, "two_ranks": 0.8}
+    seconds |= {"lean": 1.5, "whole_logits": 2.0}
     heads = {
         "float32": HeadFigures(lean_bytes=10, naive_bytes=100, lean_s=3.0, naive_s=2.0),
         "bfloat16": HeadFigures(lean_bytes=12, naive_bytes=100, lean_s=1.0, naive_s=2.0),
@@ -56,6 +57,7 @@ def test_ratios_are_those_of_the_formulas():
     assert figures["overhead_over_bare_deepspeed"] == pytest.approx(0.25)
     assert figures["logprob_extra_memory_over_naive"] == 0.12
     assert figures["logprob_seconds_over_naive/float32"] == 1.5
+    assert figures["lean_over_whole_logits"] == 0.75
     assert figures["bf16_over_fp32"] == 2.0 and figures["over_naive"] == 1.5 and figures["over_naive_bf16"] == 2.0
     assert figures["two_ranks_over_one"] == pytest.approx(1.25)
     assert figures["tokens_per_s/packed"] == 50.0 and figures["fill/padded"] == 0.4
