@@ -12,17 +12,17 @@ quickstart: setup
 
 test: setup
 ifeq ($(strip $(ARGS)),)
-	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target test-engines test-learners test-pure
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-engines test-learners
 else
 	.venv/bin/python -m pytest $(ARGS)
 endif
 
-# beside one another: processes that start and meet wait much of their time. What is no whole run yields the core
+# whole runs, which wait much of their time, and beside them, one after the other, all that yields the core to them
 test-engines:
 	MAKEFLAGS= .venv/bin/python -m pytest -m engines --ignore=tests/laws
 
-test-learners:
-	MAKEFLAGS= nice -n 2 .venv/bin/python -m pytest -m engines tests/laws
+test-learners: test-pure
+	MAKEFLAGS= nice -n 5 .venv/bin/python -m pytest -m engines tests/laws
 
 test-pure:
 	MAKEFLAGS= nice -n 5 .venv/bin/python -m pytest -m "not engines"
