@@ -203,16 +203,17 @@ def _probe(model: PreTrainedModel) -> Probe:
 
 def _status_mb(pid: int, field: str) -> float:
     """Of a process: ``VmRSS``, resident memory now, or ``VmHWM``, the most of it so far; shared pages are in it."""
-    (line,) = [
-        line for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines() if line.startswith(field)
-    ]
-    return int(line.split()[1]) * 1024 / 1e6
+    return _field_mb(f"/proc/{pid}/status", field)
 
 
 def _available_mb() -> float:
     """Memory of the machine that processes may take now."""
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024 / 1e6
+    return _field_mb("/proc/meminfo", "MemAvailable")
+
+
+def _field_mb(path: str, field: str) -> float:
+    (line,) = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.startswith(f"{field}:")]
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def _cpu_s(pid: int) -> float:
