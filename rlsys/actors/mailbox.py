@@ -10,10 +10,13 @@ from typing import Any
 from rlsys.actors.remote import answer
 from rlsys.errors import EngineLost, RlsysError
 from rlsys.records import Prompt
+from rlsys.rollout.clock import Clock
 from rlsys.rollout.play import Member, Played, Player, PlaySpec
 
 Order = tuple[int, Prompt, Member, PlaySpec]  # the number is the mailbox's own
 Ended = tuple[int, Played]
+
+GATHER_S = 0.02  # what ends so soon after another one comes back in the same call
 
 
 class Mailbox:
@@ -96,8 +99,8 @@ class Mailbox:
 class Tray:
     """The worker's end: rollouts that are being played, and those that have ended and were not yet collected."""
 
-    def __init__(self, player: Player) -> None:
-        self._player = player
+    def __init__(self, player: Player, clock: Clock) -> None:
+        self._player, self._clock = player, clock
         self._playing: dict[int, asyncio.Task[None]] = {}
         self._ended: list[Ended] = []
         self._failure: BaseException | None = None
@@ -112,9 +115,11 @@ class Tray:
                 self._playing.pop(number).cancel()
 
     async def ended(self) -> list[Ended]:
-        """What has ended since the last call, at least one. Raises what playing raised: then the worker is of no more
-        use."""
+        """What has ended since the last call, at least one, and what ends a moment later. Raises what playing raised:
+        then the worker is of no more use."""
         await self._something.wait()
+        if self._playing:  # else there is nothing to wait for
+            await self._clock.sleep(GATHER_S)
         if self._failure is not None:
             raise self._failure
         self._something.clear()

@@ -35,8 +35,8 @@ class RolloutActor:
         self._name, self._settings = name, settings
         self._engine = VllmEngine(name, settings)
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        played_on = self.played_on(self._engine)
-        self._tray = Tray(Player(played_on, name, make_env=SingleTurn, tokenizer=tokenizer, clock=WallClock()))
+        played_on, clock = self.played_on(self._engine), WallClock()
+        self._tray = Tray(Player(played_on, name, make_env=SingleTurn, tokenizer=tokenizer, clock=clock), clock)
 
     def played_on(self, engine: Engine) -> Engine:
         """What stands between the rollouts and the engine: nothing, but in a subclass."""

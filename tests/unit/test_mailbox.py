@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlsys.actors.mailbox import Mailbox, Tray
+from rlsys.actors.mailbox import GATHER_S, Mailbox, Tray
 from rlsys.errors import EngineLost
 from rlsys.rollout.play import Member, PlaySpec
 from rlsys.sim.clock import VirtualClock
@@ -42,7 +42,7 @@ class Worker:
     def __init__(self, clock: VirtualClock) -> None:
         self._clock = clock
         self.stopped: list[str] = []
-        self._tray = Tray(self)  # type: ignore[arg-type]
+        self._tray = Tray(self, clock)  # type: ignore[arg-type]
         self.begin, self.ended = Call(clock, self._begin), Call(clock, self._tray.ended)
 
     async def _begin(self, orders: Any, cancelled: Any) -> None:
@@ -93,7 +93,29 @@ def test_what_is_asked_for_in_one_moment_goes_over_in_one_call() -> None:
 
     sizes, short_s = clock.run(main())
     assert sizes == [[4, 0]]
-    assert short_s == pytest.approx(0.5 + 2 * CALL_S)  # they do not wait for the long one
+    assert short_s == pytest.approx(0.5 + GATHER_S + 2 * CALL_S)  # they do not wait for the long one
+
+
+def test_what_ends_in_one_moment_comes_back_in_one_call() -> None:
+    clock = VirtualClock()
+    ends_s = [1.0, 1.0 + GATHER_S / 2, 2.0, 2.0 + 2 * GATHER_S]
+
+    async def main() -> tuple[int, list[float]]:
+        worker = Worker(clock)
+        mailbox = Mailbox(worker, "e0")
+
+        async def ended_s(seconds: float) -> float:
+            await mailbox.play(make_prompt(), Member(name=str(seconds)), SPEC)
+            return clock.now()
+
+        times = await asyncio.gather(*map(ended_s, ends_s))
+        return len(worker.ended.sizes), times
+
+    calls, times = clock.run(main())
+    assert calls == 3
+    gathered_s = 1.0 + GATHER_S
+    wanted = [gathered_s, gathered_s, 2.0 + GATHER_S, ends_s[-1]]  # for the last one of all nothing is waited
+    assert times == pytest.approx([seconds + 2 * CALL_S for seconds in wanted])
 
 
 def test_what_is_cancelled_is_stopped_over_there_and_the_others_go_on() -> None:
