@@ -48,6 +48,7 @@ from rlsys.weights.channel import check_reach
 from rlsys.weights.pool import SegmentPool
 
 SPARE_CALLS = 16  # of a rollout actor, beside its rollouts
+AHEAD_SHARE = 0.5  # of an engine's slots: so many more rollouts wait inside it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +177,7 @@ def make_plan(config: Config) -> Plan:
         max_staleness=rollout.max_staleness,
         age_policy=rollout.age_policy,
         oversample=rollout.oversample,
-        slots=rollout.slots,
+        slots=rollouts_in_hand(rollout.slots, rollout.update_mode),
         replicas=rollout.num_replicas,
         spec=spec,
         min_compared=min_compared(config),
@@ -201,6 +202,18 @@ def make_plan(config: Config) -> Plan:
         engine_cores=rollout.gpus_per_replica if is_gpu else rollout.cpus_per_replica,
         trainer_cores=train.processes * (train.gpus_per_rank if is_gpu else train.cpus_per_rank),
     )
+
+
+def rollouts_in_hand(slots: int, update_mode: str) -> int:
+    """How many rollouts an engine is given at once: more than it has slots, so that one that ends is followed by the
+    next one in the same step of the engine, and not after the way to the controller and back. None in advance where a
+    swap drains the engine: it would wait for these, too.
+
+    Example:
+        >>> rollouts_in_hand(24, "recompute"), rollouts_in_hand(24, "drain")
+        (36, 24)
+    """
+    return slots if update_mode == "drain" else slots + int(AHEAD_SHARE * slots)
 
 
 def _batch_rule(config: Config) -> BatchRule:

@@ -10,7 +10,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -55,10 +55,11 @@ TIMEOUT_S = 900.0
 CONFIG, SECONDS = "config.json", "seconds"
 
 
-def seconds_alone(side: Side, config: Config, model_path: Path, *, cores: int, folder: Path) -> float:
-    """Wall seconds for the whole list of ``config``, start-up left out.
+def seconds_alone(side: Side, config: Config, model_path: Path, *, part: range, cores: int, folder: Path) -> float:
+    """Wall seconds for some batches of the list of ``config``, start-up left out.
 
     Args:
+        part: their numbers.
         folder: for the files of this measurement; is made.
 
     Raises:
@@ -67,7 +68,7 @@ def seconds_alone(side: Side, config: Config, model_path: Path, *, cores: int, f
     """
     folder.mkdir()
     (folder / CONFIG).write_text(config.model_dump_json(), encoding="utf-8")
-    command = [sys.executable, "-m", __name__, side, str(folder), str(model_path)]
+    command = [sys.executable, "-m", __name__, side, str(folder), str(model_path), str(part.start), str(part.stop)]
     environment = os.environ | engine_environment(cpus=cores, gpus=0)
     with (folder / "log.txt").open("w", encoding="utf-8") as log, on_cores(cores):
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -104,14 +105,18 @@ def on_cores(cores: int) -> Iterator[None]:
         os.sched_setaffinity(0, allowed)
 
 
-def main(side: Side, folder: Path, model_path: Path) -> None:
+def main(side: Side, folder: Path, model_path: Path, part: slice) -> None:
     config = Config.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
     inputs = inputs_of(config, model_path)
-    seconds = asyncio.run(_sample_all(config, inputs, folder)) if side == "engine" else _train_all(config, inputs)
+    batches = batches_of(config, inputs)[part]
+    if side == "engine":
+        seconds = asyncio.run(_sample_all(config, inputs, batches, folder))
+    else:
+        seconds = _train_all(config, inputs, batches)
     (folder / SECONDS).write_text(str(seconds), encoding="utf-8")
 
 
-async def _sample_all(config: Config, inputs: Inputs, folder: Path) -> float:
+async def _sample_all(config: Config, inputs: Inputs, batches: Sequence[Sequence[Prompt]], folder: Path) -> float:
     from rlsys.rollout.vllm_engine import VllmEngine
 
     settings = replace(engine_settings(config, inputs, 0), timeout_s=TIMEOUT_S)
@@ -129,7 +134,6 @@ async def _sample_all(config: Config, inputs: Inputs, folder: Path) -> float:
     await engine.start()
     try:
         await engine.load_weights(_weights(inputs.model_path, folder / "weights"))
-        batches = batches_of(config, inputs)
         # in a run the evaluation before the training warms the engine up
         await asyncio.gather(*(play(prompt, Member(name="warm-up")) for prompt in batches[0]))
         began = perf_counter()
@@ -167,7 +171,7 @@ def _weights(model_path: str, segment: Path) -> WeightVersion:
     )
 
 
-def _train_all(config: Config, inputs: Inputs) -> float:
+def _train_all(config: Config, inputs: Inputs, batches: Sequence[Sequence[Prompt]]) -> float:
     learner = LearnerRank(
         model_path=inputs.model_path,
         train=config.train,
@@ -180,12 +184,12 @@ def _train_all(config: Config, inputs: Inputs) -> float:
         port = int(free.getsockname()[1])
     learner.start(0, 1, "127.0.0.1", port)
     tokenizer = AutoTokenizer.from_pretrained(inputs.model_path)
-    batches = [
+    samples = [
         make_batch(config, inputs, 0, [_answered(prompt, config, tokenizer, step) for prompt in prompts], step)
-        for step, prompts in enumerate(batches_of(config, inputs))
+        for step, prompts in enumerate(batches)
     ]
     began = perf_counter()
-    for batch in batches:  # the first one is slower, here as in a run
+    for batch in samples:  # the first one is slower, here as in a run
         learner.step(batch.for_rank(0))
     seconds = perf_counter() - began
     learner.stop()
@@ -218,4 +222,5 @@ def _answered(prompt: Prompt, config: Config, tokenizer: Any, step: int) -> Roll
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))  # type: ignore[arg-type]
+    which, folder_name, model_name, start, stop = sys.argv[1:]
+    main(which, Path(folder_name), Path(model_name), slice(int(start), int(stop)))  # type: ignore[arg-type]

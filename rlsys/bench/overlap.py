@@ -17,7 +17,8 @@ would be gained if nothing ever waited and overlapping cost nothing. From the sa
     share_of_ceiling = speedup_async_over_sync / ceiling,  the speed-up being that of ``partial``
     ideal_from_rates = (engine's + learner's seconds, two cores each) / max(engine's, learner's; one core each)
 
-where each side was measured alone, the engine with its slots full. ``ideal_from_rates`` leaves stragglers out.
+where each side was measured alone, the engine with its slots full, on the first half of the list before the runs and
+on the second one after them: machines get faster and slower in minutes. ``ideal_from_rates`` leaves stragglers out.
 
 Overlapping gains most where both sides need about the same time on a core. The sizes are so chosen that the engine
 needs somewhat more, which leaves room on the learner's core for the controller and the rewards: no core is reserved
@@ -50,8 +51,9 @@ from rlsys.bench.report import Report
 # Far fewer slots than a batch has rollouts: at every new version the contexts in all slots are computed again. With
 # more slots the engine is faster alone, but pays more for each version.
 SIZES = Sizes(
-    steps=16, prompts=16, group_size=8, slots=24, longest=400, tokens_per_microbatch=4096, width=256, layers=4
+    steps=20, prompts=16, group_size=8, slots=24, longest=400, tokens_per_microbatch=4096, width=256, layers=4
 )
+SIDES: tuple[Side, ...] = ("engine", "learner")
 SHARE_WANTED, SPEEDUP_WANTED = 0.9, 1.5
 
 
@@ -61,6 +63,13 @@ class Alone:
 
     one_core_s: float
     two_cores_s: float
+
+    def mean_with(self, other: Alone) -> Alone:
+        """Of as many batches."""
+        return Alone(
+            one_core_s=(self.one_core_s + other.one_core_s) / 2,
+            two_cores_s=(self.two_cores_s + other.two_cores_s) / 2,
+        )
 
 
 def measure(sizes: Sizes = SIZES) -> Report:
@@ -74,12 +83,15 @@ def measure(sizes: Sizes = SIZES) -> Report:
     with on_cores(CORES), tempfile.TemporaryDirectory(prefix="rlsys-overlap-") as name:
         root, model_path = Path(name), Path(name) / "model"
         make_model(model_path, sizes)
-        alone = {side: _alone(side, sizes, root, model_path) for side in ("engine", "learner")}
-        threads = {f"{side}_threads": faster_threads(found) for side, found in alone.items()}
+        half = sizes.steps // 2  # of an even number
+        before = _both_alone(sizes, range(half), root / "before", model_path)
+        threads = {f"{side}_threads": faster_threads(found) for side, found in before.items()}
         modes = {}
         for mode in MODES:
             config = config_of(mode, sizes, root, **(threads if mode == SYNCHRONOUS else {}))
             modes[mode] = run_mode(config, inputs_of(config, model_path))
+        after = _both_alone(sizes, range(half, sizes.steps), root / "after", model_path)
+    alone = {side: before[side].mean_with(after[side]) for side in SIDES}
     figures = figures_of(modes, **alone)
     figures |= {f"{SYNCHRONOUS}/{name}": float(number) for name, number in threads.items()}
     return Report(figures=figures, table=_table(sizes, modes, alone, figures))
@@ -124,17 +136,19 @@ def figures_of(modes: Mapping[str, ModeFigures], *, engine: Alone, learner: Alon
     }
 
 
-def _alone(side: Side, sizes: Sizes, root: Path, model_path: Path) -> Alone:
-    config = config_of(PARTIAL, sizes, root)
-    one, two = (
-        seconds_alone(side, config, model_path, cores=cores, folder=root / f"{side}-{cores}") / sizes.steps
-        for cores in (1, CORES)
-    )
-    return Alone(one_core_s=one, two_cores_s=two)
+def _both_alone(sizes: Sizes, part: range, folder: Path, model_path: Path) -> dict[Side, Alone]:
+    folder.mkdir()
+    config = config_of(PARTIAL, sizes, folder)
+
+    def per_batch(side: Side, cores: int) -> float:
+        here = folder / f"{side}-{cores}"
+        return seconds_alone(side, config, model_path, part=part, cores=cores, folder=here) / len(part)
+
+    return {side: Alone(one_core_s=per_batch(side, 1), two_cores_s=per_batch(side, CORES)) for side in SIDES}
 
 
 def _table(
-    sizes: Sizes, modes: Mapping[str, ModeFigures], alone: Mapping[str, Alone], figures: Mapping[str, float]
+    sizes: Sizes, modes: Mapping[str, ModeFigures], alone: Mapping[Side, Alone], figures: Mapping[str, float]
 ) -> str:
     rollouts = sizes.steps * sizes.prompts * sizes.group_size
     lines = [

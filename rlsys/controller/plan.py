@@ -15,7 +15,8 @@ class Plan:
     Attributes:
         steps: batches to train.
         batch: which groups make one.
-        max_staleness, age_policy, oversample, slots: as in the config.
+        max_staleness, age_policy, oversample: as in the config.
+        slots: rollouts that an engine has in hand at once; some of them may still wait inside it.
         replicas: engines that are wanted; None: as many as there is room for.
         spec: sampling in training.
         min_compared: rewards that a group needs so that its rollouts can learn.

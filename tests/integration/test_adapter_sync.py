@@ -148,6 +148,51 @@ def test_each_token_is_that_of_the_adapter_it_is_stamped_with_and_of_no_other(be
             assert difference(turn, versions[neighbour])[own].mean() > 1e-2
 
 
+def test_kept_spans_are_exact_and_the_first_adapter_is_the_stamped_one(folder, versions, record_property):
+    """Several requests, because some end by themselves before the last version."""
+
+    async def generate(bench: Bench) -> list[Turn]:
+        await bench.engine.load_weights(versions[0].weights)
+        requests = [replace(request_of(f"long-{seed}", NUM_LONG), seed=seed) for seed in range(8)]
+        in_flight = [asyncio.create_task(bench.engine.generate(request)) for request in requests]
+        for own in versions[1:]:
+            await asyncio.sleep(0.4)
+            await bench.engine.load_weights(own.weights)
+        return await asyncio.gather(*in_flight)
+
+    with running("keep", folder, timeout_s=120, adapter=ROOM, update_mode="keep") as bench:
+        turns = bench.run(generate(bench))
+    deviations = []
+    for turn in turns:
+        assert (np.diff(turn.versions_T) >= 0).all()
+        assert difference(turn, versions[0])[turn.versions_T == 0].max() < 1e-3  # nothing was old yet
+        deviations += [difference(turn, versions[step])[turn.versions_T == step] for step in STEPS[1:]]
+    assert list(np.unique(np.concatenate([turn.versions_T for turn in turns]))) == list(STEPS)
+    deviation = float(np.concatenate(deviations).mean())
+    record_property("keep_deviation_mean_nats", deviation)
+    assert deviation > 1e-3  # of neither adapter: what the mode costs
+
+
+def test_drained_requests_end_under_the_adapter_that_began_them(folder, versions):
+    async def drain(bench: Bench) -> tuple[Turn, Turn]:
+        await bench.engine.load_weights(versions[1].weights)
+        before = asyncio.create_task(bench.engine.generate(request_of("before", NUM_LONG)))
+        await asyncio.sleep(0.4)
+        load = asyncio.create_task(bench.engine.load_weights(versions[2].weights))
+        await asyncio.sleep(0.2)
+        assert not load.done()  # it waits for the request
+        after = asyncio.create_task(bench.engine.generate(request_of("after", 32)))
+        await load
+        return await before, await after
+
+    with running("drain", folder, timeout_s=120, adapter=ROOM, update_mode="drain") as bench:
+        before, after = bench.run(drain(bench))
+    for turn, own, other in ((before, 1, 2), (after, 2, 1)):
+        assert set(turn.versions_T) == {own}
+        assert difference(turn, versions[own]).max() < 1e-3
+        assert difference(turn, versions[other]).mean() > 1e-2
+
+
 def test_a_cached_prefix_is_never_of_another_adapter(bench, versions):
     """Twice under each version: the second time from the cache, which holds blocks of 128 tokens."""
     prompt = np.random.default_rng(0).integers(1, VOCAB, 300).tolist()
