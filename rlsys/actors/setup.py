@@ -48,7 +48,7 @@ from rlsys.weights.channel import check_reach
 from rlsys.weights.pool import SegmentPool
 
 SPARE_CALLS = 16  # of a rollout actor, beside its rollouts
-AHEAD_SHARE = 0.5  # of an engine's slots: so many more rollouts wait inside it
+AHEAD_SHARE, MOST_AHEAD = 0.5, 16  # of an engine's slots: so many more rollouts wait inside it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,7 +213,7 @@ def rollouts_in_hand(slots: int, update_mode: str) -> int:
         >>> rollouts_in_hand(24, "recompute"), rollouts_in_hand(24, "drain")
         (36, 24)
     """
-    return slots if update_mode == "drain" else slots + int(AHEAD_SHARE * slots)
+    return slots if update_mode == "drain" else slots + min(MOST_AHEAD, int(AHEAD_SHARE * slots))
 
 
 def _batch_rule(config: Config) -> BatchRule:

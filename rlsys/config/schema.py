@@ -182,7 +182,7 @@ class RolloutSection(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature in training; the learner divides its logits by the same number."""
     slots: Annotated[int, Field(ge=1)] = 256
-    """Most rollouts at once on one engine. Half as many more wait inside it, unless update_mode is drain."""
+    """Most rollouts at once on one engine. Up to 16 more wait inside it, unless update_mode is drain."""
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1.0
     """CPU cores that Ray reserves for one engine, all of its processes together."""
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0

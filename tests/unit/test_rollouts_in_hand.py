@@ -7,7 +7,7 @@ from rlsys.config.schema import Config
 
 def test_half_as_many_again_wait_inside_the_engine_but_where_a_swap_drains_it():
     assert [rollouts_in_hand(24, mode) for mode in ("recompute", "keep", "drain")] == [36, 36, 24]
-    assert rollouts_in_hand(1, "recompute") == 1
+    assert rollouts_in_hand(1, "recompute") == 1 and rollouts_in_hand(512, "recompute") == 528
 
 
 def test_the_plan_of_a_run_has_them():
