@@ -206,14 +206,15 @@ def make_plan(config: Config) -> Plan:
 
 def rollouts_in_hand(slots: int, update_mode: str) -> int:
     """How many rollouts an engine is given at once: more than it has slots, so that one that ends is followed by the
-    next one in the same step of the engine, and not after the way to the controller and back. None in advance where a
-    swap drains the engine: it would wait for these, too.
+    next one in the same step of the engine, and not after the way to the controller and back. None in advance in
+    ``drain``, where a swap would wait for these, too, and in ``keep``, where they would sit in the room of the probe
+    when it is asked: only ``recompute`` lines all requests up again, the probe before them.
 
     Example:
-        >>> rollouts_in_hand(24, "recompute"), rollouts_in_hand(24, "drain")
-        (36, 24)
+        >>> [rollouts_in_hand(24, mode) for mode in ("recompute", "keep", "drain")]
+        [36, 24, 24]
     """
-    return slots if update_mode == "drain" else slots + min(MOST_AHEAD, int(AHEAD_SHARE * slots))
+    return slots + min(MOST_AHEAD, int(AHEAD_SHARE * slots)) if update_mode == "recompute" else slots
 
 
 def _batch_rule(config: Config) -> BatchRule:

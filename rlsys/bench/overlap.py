@@ -11,19 +11,22 @@ The same questions, answers of the same lengths and the same optimizer steps, on
 
 A synchronous batch waits for its longest answer, with the engine nearly empty, and one side stands still while the
 other one works: all that it has instead is the second core, which makes neither side twice as fast. The ceiling is what
-would be gained if nothing ever waited and overlapping cost nothing. From the same list and the same run:
+would be gained if nothing ever waited and overlapping cost nothing of ours. From the same list and the same run:
 
-    ceiling          = seconds of a synchronous batch / max(engine's seconds, learner's seconds; a batch, one core each)
+    ceiling          = seconds of a synchronous batch / max(engine's seconds, learner's seconds; a batch, a core each)
     share_of_ceiling = speedup_async_over_sync / ceiling,  the speed-up being that of ``partial``
-    ideal_from_rates = (engine's + learner's seconds, two cores each) / max(engine's, learner's; one core each)
+    ideal_from_rates = (engine's + learner's seconds, both cores each) / max(engine's, learner's; a core each)
 
-where each side was measured alone, the engine with its slots full, on the first half of the list before the runs and
-on the second one after them: machines get faster and slower in minutes. ``ideal_from_rates`` leaves stragglers out.
+where the sides were measured without anything between them, the engine with as many rollouts in hand as in a run, on
+the first half of the list before the runs and on the second one after them: machines get faster and slower in minutes.
+On a core each they work at once, as they do in a run: cores share caches and the way to the memory, and on some
+machines two busy ones are a quarter slower than one. On both cores each side has the machine for itself, with one
+thread or with two, whichever is faster; a synchronous run has the same. ``ideal_from_rates`` leaves stragglers out.
 
-Overlapping gains most where both sides need about the same time on a core. The sizes are so chosen that the engine
-needs somewhat more, which leaves room on the learner's core for the controller and the rewards: no core is reserved
-for those. Before the first batch there is nothing to train, and during the last one nothing to sample: that alone costs
-some per cent of the ceiling, the fewer the more batches there are.
+The gain is largest where both sides need about the same time on a core, but then nothing is left for the controller,
+the rewards and the contexts that are computed again. The sizes are so chosen that the engine needs more. Before the
+first batch there is nothing to train, and during the last one nothing to sample: that alone costs some per cent of the
+ceiling, the fewer the more batches there are.
 """
 
 from __future__ import annotations
@@ -33,7 +36,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.bench.alone import Side, on_cores, seconds_alone
 from rlsys.bench.overlap_runs import (
     CORES,
     MODES,
@@ -47,63 +49,75 @@ from rlsys.bench.overlap_runs import (
     run_mode,
 )
 from rlsys.bench.report import Report
+from rlsys.bench.sides import SIDES, Cores, Side, measure_sides, on_cores
 
 # Far fewer slots than a batch has rollouts: at every new version the contexts in all slots are computed again. With
 # more slots the engine is faster alone, but pays more for each version.
 SIZES = Sizes(
     steps=20, prompts=16, group_size=8, slots=24, longest=400, tokens_per_microbatch=4096, width=256, layers=4
 )
-SIDES: tuple[Side, ...] = ("engine", "learner")
+BOTH = tuple(range(CORES))
 SHARE_WANTED, SPEEDUP_WANTED = 0.9, 1.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Alone:
-    """Seconds of one side alone for a batch."""
+class Rates:
+    """Seconds of one side for a batch.
+
+    Attributes:
+        one_core_s: on a core, while the other side works on the other one.
+        one_thread_s, two_threads_s: alone on both cores.
+    """
 
     one_core_s: float
-    two_cores_s: float
+    one_thread_s: float
+    two_threads_s: float
 
-    def mean_with(self, other: Alone) -> Alone:
+    @property
+    def threads(self) -> int:
+        """Those of a synchronous run. Small models are often slower with two; overlapping is not to be compared with a
+        baseline that was slowed down."""
+        return 2 if self.two_threads_s < self.one_thread_s else 1
+
+    @property
+    def two_cores_s(self) -> float:
+        return min(self.one_thread_s, self.two_threads_s)
+
+    def mean_with(self, other: Rates) -> Rates:
         """Of as many batches."""
-        return Alone(
+        return Rates(
             one_core_s=(self.one_core_s + other.one_core_s) / 2,
-            two_cores_s=(self.two_cores_s + other.two_cores_s) / 2,
+            one_thread_s=(self.one_thread_s + other.one_thread_s) / 2,
+            two_threads_s=(self.two_threads_s + other.two_threads_s) / 2,
         )
 
 
 def measure(sizes: Sizes = SIZES) -> Report:
     """Figures: the three of the formulas above; ``idle/trainer`` and ``idle/rollout`` of the partial mode;
-    ``<mode>/...``; and of each side alone the seconds a batch, ``engine/one_core_s`` and so on.
+    ``<mode>/...``; and of each side by itself the seconds a batch, ``engine/one_core_s`` and so on.
 
     Raises:
         ConfigError: the machine has not two cores.
         RlsysError: a run failed.
     """
-    with on_cores(CORES), tempfile.TemporaryDirectory(prefix="rlsys-overlap-") as name:
+    with on_cores(BOTH), tempfile.TemporaryDirectory(prefix="rlsys-overlap-") as name:
         root, model_path = Path(name), Path(name) / "model"
         make_model(model_path, sizes)
         half = sizes.steps // 2  # of an even number
-        before = _both_alone(sizes, range(half), root / "before", model_path)
-        threads = {f"{side}_threads": faster_threads(found) for side, found in before.items()}
+        before = _rates(sizes, range(half), root / "before", model_path)
+        threads = {f"{side}_threads": found.threads for side, found in before.items()}
         modes = {}
         for mode in MODES:
             config = config_of(mode, sizes, root, **(threads if mode == SYNCHRONOUS else {}))
             modes[mode] = run_mode(config, inputs_of(config, model_path))
-        after = _both_alone(sizes, range(half, sizes.steps), root / "after", model_path)
-    alone = {side: before[side].mean_with(after[side]) for side in SIDES}
-    figures = figures_of(modes, **alone)
+        after = _rates(sizes, range(half, sizes.steps), root / "after", model_path)
+    rates = {side: before[side].mean_with(after[side]) for side in SIDES}
+    figures = figures_of(modes, **rates)
     figures |= {f"{SYNCHRONOUS}/{name}": float(number) for name, number in threads.items()}
-    return Report(figures=figures, table=_table(sizes, modes, alone, figures))
+    return Report(figures=figures, table=_table(sizes, modes, rates, figures))
 
 
-def faster_threads(side: Alone) -> int:
-    """Threads of this side of a synchronous run. Small models are often slower with two, and so is everything beside
-    other work; overlapping is not to be compared with a baseline that was slowed down."""
-    return CORES if side.two_cores_s < side.one_core_s else 1
-
-
-def figures_of(modes: Mapping[str, ModeFigures], *, engine: Alone, learner: Alone) -> dict[str, float]:
+def figures_of(modes: Mapping[str, ModeFigures], *, engine: Rates, learner: Rates) -> dict[str, float]:
     """All figures of the report; the formulas stand at the top."""
     slower_s = max(engine.one_core_s, learner.one_core_s)
     base = modes[SYNCHRONOUS]
@@ -136,25 +150,36 @@ def figures_of(modes: Mapping[str, ModeFigures], *, engine: Alone, learner: Alon
     }
 
 
-def _both_alone(sizes: Sizes, part: range, folder: Path, model_path: Path) -> dict[Side, Alone]:
+def _rates(sizes: Sizes, part: range, folder: Path, model_path: Path) -> dict[Side, Rates]:
     folder.mkdir()
     config = config_of(PARTIAL, sizes, folder)
 
-    def per_batch(side: Side, cores: int) -> float:
-        here = folder / f"{side}-{cores}"
-        return seconds_alone(side, config, model_path, part=part, cores=cores, folder=here) / len(part)
+    def per_batch(name: str, sides: Mapping[Side, Cores]) -> dict[Side, float]:
+        found = measure_sides(sides, config, model_path, part=part, folder=folder / name)
+        return {side: seconds / len(part) for side, seconds in found.items()}
 
-    return {side: Alone(one_core_s=per_batch(side, 1), two_cores_s=per_batch(side, CORES)) for side in SIDES}
+    at_once = per_batch("at-once", {side: Cores(which=(core,), threads=1) for core, side in enumerate(SIDES)})
+
+    def alone(side: Side, threads: int) -> float:
+        return per_batch(f"{side}-{threads}", {side: Cores(which=BOTH, threads=threads)})[side]
+
+    return {
+        side: Rates(one_core_s=at_once[side], one_thread_s=alone(side, 1), two_threads_s=alone(side, 2))
+        for side in SIDES
+    }
 
 
 def _table(
-    sizes: Sizes, modes: Mapping[str, ModeFigures], alone: Mapping[Side, Alone], figures: Mapping[str, float]
+    sizes: Sizes, modes: Mapping[str, ModeFigures], rates: Mapping[Side, Rates], figures: Mapping[str, float]
 ) -> str:
     rollouts = sizes.steps * sizes.prompts * sizes.group_size
     lines = [
         f"{rollouts:,} rollouts in {sizes.steps} batches",
-        f"{'alone':<14}{'s/batch, 1 core':>18}{'2 cores':>10}",
-        *(f"{side:<14}{found.one_core_s:>18.3f}{found.two_cores_s:>10.3f}" for side, found in alone.items()),
+        f"{'s/batch':<14}{'a core each':>12}{'both, 1 thread':>16}{'2 threads':>11}",
+        *(
+            f"{side:<14}{found.one_core_s:>12.3f}{found.one_thread_s:>16.3f}{found.two_threads_s:>11.3f}"
+            for side, found in rates.items()
+        ),
         f"{'mode':<14}{'s':>8}{'s/batch':>10}{'speed-up':>10}{'trainer idle':>14}{'rollout idle':>14}{'staleness':>11}",
     ]
     for mode, found in modes.items():

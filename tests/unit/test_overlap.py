@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.bench.fixed_lengths import FixedLengths, answer_length, parity
-from rlsys.bench.overlap import SIZES, Alone, faster_threads, figures_of
+from rlsys.bench.overlap import SIZES, Rates, figures_of
 from rlsys.bench.overlap_runs import MODES, ModeFigures, batches_of, config_of, inputs_of, lengths_of, mode_figures
 from rlsys.bench.overlap_runs import make_model as make_bench_model
 from rlsys.errors import RlsysError
@@ -102,9 +102,10 @@ def test_threads_are_cores_of_their_side(tmp_path):
     assert (config.rollout.cpus_per_replica, config.train.cpus_per_rank) == (1, 2)
 
 
-@pytest.mark.parametrize(("one_core_s", "two_cores_s", "threads"), [(1.0, 0.9, 2), (1.0, 1.1, 1)])
-def test_a_side_of_a_synchronous_run_has_as_many_threads_as_it_is_faster_with(one_core_s, two_cores_s, threads):
-    assert faster_threads(Alone(one_core_s=one_core_s, two_cores_s=two_cores_s)) == threads
+@pytest.mark.parametrize(("one_thread_s", "two_threads_s", "threads"), [(1.0, 0.9, 2), (1.0, 1.1, 1)])
+def test_a_side_of_a_synchronous_run_has_as_many_threads_as_it_is_faster_with(one_thread_s, two_threads_s, threads):
+    found = Rates(one_core_s=0.1, one_thread_s=one_thread_s, two_threads_s=two_threads_s)
+    assert found.threads == threads and found.two_cores_s == min(one_thread_s, two_threads_s)
 
 
 def _steps() -> list[dict[str, float]]:
@@ -152,7 +153,7 @@ def _mode(batch_s: float, idle: float = 0.0) -> ModeFigures:
     )
 
 
-def test_the_ceiling_is_a_synchronous_batch_over_the_slower_side_on_one_core():
+def test_the_ceiling_is_a_synchronous_batch_over_the_slower_side_on_a_core():
     modes = {
         "synchronous": _mode(3.0),
         "one_step_off": _mode(2.4),
@@ -161,8 +162,8 @@ def test_the_ceiling_is_a_synchronous_batch_over_the_slower_side_on_one_core():
     }
     figures = figures_of(
         modes,
-        engine=Alone(one_core_s=1.2, two_cores_s=1.0),
-        learner=Alone(one_core_s=1.0, two_cores_s=0.5),
+        engine=Rates(one_core_s=1.2, one_thread_s=1.0, two_threads_s=1.1),
+        learner=Rates(one_core_s=1.0, one_thread_s=0.9, two_threads_s=0.5),
     )
     assert figures["speedup_async_over_sync"] == pytest.approx(3.0 / 1.5)
     assert figures["ceiling"] == pytest.approx(3.0 / 1.2)

@@ -5,8 +5,8 @@ from rlsys.config.presets import resolve
 from rlsys.config.schema import Config
 
 
-def test_half_as_many_again_wait_inside_the_engine_but_where_a_swap_drains_it():
-    assert [rollouts_in_hand(24, mode) for mode in ("recompute", "keep", "drain")] == [36, 36, 24]
+def test_half_as_many_again_wait_inside_the_engine_where_a_swap_lines_all_of_them_up_again():
+    assert [rollouts_in_hand(24, mode) for mode in ("recompute", "keep", "drain")] == [36, 24, 24]
     assert rollouts_in_hand(1, "recompute") == 1 and rollouts_in_hand(512, "recompute") == 528
 
 
