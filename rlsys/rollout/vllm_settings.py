@@ -104,6 +104,7 @@ class VllmSettings:
         vllm: further engine arguments, passed through (config key ``rollout.vllm``).
         update_mode: how requests in flight go on under new weights (config key ``rollout.update_mode``).
         adapter: room for what versions consist of, an adapter on the base in ``model``; None: they are all weights.
+        weight_backend: vLLM's own transfer of weights, by which a sender brings versions; None: workers load the segment.
         worker_extension: class whose import registers the transfer engine in the worker process.
 
     Raises:
@@ -125,6 +126,7 @@ class VllmSettings:
     vllm: Mapping[str, Any] = field(default_factory=dict)
     update_mode: UpdateMode = "recompute"
     adapter: AdapterRoom | None = None
+    weight_backend: str | None = None
     worker_extension: str = PLUGIN
 
     def __post_init__(self) -> None:
