@@ -3,8 +3,8 @@
 A weight swap, in order (``load_weights``): verify the bytes and pack the weights while generation goes on; pause at a
 token boundary; exchange (or load, where that could not be prepared); resume; probe; hand out. What finishes between
 resume and proof is held back until the proof, or lost with it. Requests in flight go on with their KV computed again
-(``recompute``) or as it is (``keep``), or end before it (``drain``). How the weights get into the workers, all of them or
-an adapter on the base model that the engine was started with, is a ``Delivery``.
+(``recompute``) or as it is (``keep``), or end before it (``drain``). How weights get into the workers, whole or as an
+adapter on the base model that the engine was started with, is a ``Delivery``.
 """
 
 from __future__ import annotations

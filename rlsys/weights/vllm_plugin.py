@@ -43,7 +43,7 @@ _READERS = SegmentReaders()  # of this worker process
 class WorkerExtension:
     """Names this module to vLLM, and adds to its worker what can be called while requests run."""
 
-    weight_transfer_engine: ShmWeightTransferEngine  # unless another backend was asked for: then only end_with is called
+    weight_transfer_engine: ShmWeightTransferEngine  # with another backend only end_with is called
 
     def end_with(self, pid: int, host: str) -> None:
         """End with the process that drives the engine: where it is killed, this one would be left behind, at work for

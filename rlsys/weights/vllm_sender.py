@@ -51,7 +51,7 @@ def free_port() -> int:
 
 
 class SegmentSource(WeightSource):
-    """The version that was shown last: its manifest, and its tensors, each brought to ``device`` when its turn comes."""
+    """The version that was shown last: its manifest, and its tensors, each brought to ``device`` in its turn."""
 
     def __init__(self, device: str) -> None:
         self._device = device

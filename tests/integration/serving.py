@@ -125,8 +125,13 @@ def serving_folder(folder: Path) -> Iterator[Path]:
     os.environ.update(before)
 
 
+SABOTAGED = "tests.integration.tied_head_sabotage.WorkerExtension"
+
+
 @contextmanager
-def running(name: str, folder: Path, timeout_s: float, **settings_: Any) -> Iterator[Bench]:
+def running(
+    name: str, folder: Path, timeout_s: float, worker_extension: str = SABOTAGED, sender: Any = None, **settings_: Any
+) -> Iterator[Bench]:
     from rlsys.rollout.vllm_engine import VllmEngine  # reads the environment when it is imported
 
     settings = VllmSettings(
@@ -137,10 +142,10 @@ def running(name: str, folder: Path, timeout_s: float, **settings_: Any) -> Iter
         seed=0,
         start_timeout_s=300,
         timeout_s=timeout_s,
-        worker_extension="tests.integration.tied_head_sabotage.WorkerExtension",
+        worker_extension=worker_extension,
         **settings_,
     )
-    engine = VllmEngine(name, settings)
+    engine = VllmEngine(name, settings, sender)
     with asyncio.Runner() as runner:
         try:
             runner.run(engine.start())
