@@ -6,6 +6,7 @@ The import registers both sides, in the worker and in the sender's process.
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rlsys.actors import sender
+from rlsys.actors.rollout import RolloutActor
 from rlsys.weights import vllm_plugin
 from rlsys.weights.vllm_sender import INIT_INFOS, free_port
 
@@ -147,6 +149,15 @@ def _init_info(host: str, workers: int) -> Any:
 
 class GlooSenderActor(sender.SenderActor):
     """Names this module to the process of a sender."""
+
+
+class GlooRolloutActor(RolloutActor):
+    """Names this module to the process of an engine, and tells of its sender."""
+
+    async def pid_of_sender(self) -> int:
+        assert self._sender is not None
+        pid: int = await self._sender._actor.__ray_call__.remote(lambda _: os.getpid())
+        return pid
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, GlooEngine)

@@ -7,23 +7,42 @@ engine serves most of the file, in the order of the tests; wrong weights end its
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
+from rlsys.actors.cluster import ray_cluster
+from rlsys.actors.remote import answer
+from rlsys.actors.sender import Spot
+from rlsys.config.schema import RaySection
 from rlsys.errors import EngineLost, WeightsRefused
 from rlsys.records import Turn, WeightVersion
 from rlsys.rollout.engine import GenerateRequest
-from tests.integration.serving import PROMPT, Bench, logprobs_of, model_of, running, serving_folder
+from rlsys.rollout.vllm_settings import engine_environment
+from rlsys.weights.owner import is_process_alive
+from tests.integration.serving import (
+    PROMPT,
+    Bench,
+    logprobs_of,
+    model_of,
+    published,
+    running,
+    serving_folder,
+    settings_of,
+)
 
 pytestmark = pytest.mark.engines
 
 NUM_LONG = 560  # tokens of a request that lives through the swaps
+SENT = {"worker_extension": "tests.integration.gloo_backend.WorkerExtension", "weight_backend": "test_gloo"}
 
 
 class InThread:
@@ -72,8 +91,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
 
 
 def _served_by(sender: InThread, name: str, folder: Path, timeout_s: float) -> Any:
-    extension = "tests.integration.gloo_backend.WorkerExtension"
-    return running(name, folder, timeout_s, extension, sender, weight_backend="test_gloo")
+    return running(name, folder, timeout_s, sender, **SENT)
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +189,41 @@ def test_a_sender_that_breaks_down_or_hangs_loses_its_engine_within_the_deadline
         fault.unlink()
         with pytest.raises(EngineLost):
             bench.run(bench.engine.generate(_request("late", 4)))
+
+
+def test_a_sender_of_ray_sends_from_where_it_is_put_and_goes_with_its_engine(folder):
+    from tests.integration.gloo_backend import GlooRolloutActor
+
+    first, second = published(folder, 1), published(folder, 2, previous=1)
+
+    async def scenario() -> None:
+        options = {"max_concurrency": 16, "runtime_env": {"env_vars": engine_environment(cpus=1, gpus=0)}}
+        actor = ray.remote(GlooRolloutActor).options(**options).remote("rollout-ray", settings_of(folder, 60, **SENT))
+        await actor.start.remote()
+        await actor.open_sender.remote(None)
+        for weights in (first, second):
+            report = await answer(actor.load.remote(weights), "rollout-ray", EngineLost)
+            assert report.version == weights.version and report.probe_difference < 1e-4
+        os.kill(await actor.pid_of_sender.remote(), signal.SIGKILL)
+        with pytest.raises(EngineLost, match="the weight sender of rollout-ray died"):
+            await answer(actor.load.remote(first), "rollout-ray", EngineLost)
+        await actor.open_sender.remote(None)
+        another = await actor.pid_of_sender.remote()
+        ray.kill(actor)
+        assert await asyncio.to_thread(_ends, another)
+
+    with ray_cluster(RaySection(address="local", dashboard=False), "sent-weights"):
+        asyncio.run(scenario())
+        environment = {"env_vars": Spot(node="", gpu="3").environment()}
+        assert ray.get(ray.remote(_visible_gpus).options(num_cpus=0, runtime_env=environment).remote()) == "3"
+
+
+def _visible_gpus() -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def _ends(pid: int) -> bool:
+    until = perf_counter() + 10
+    while is_process_alive(pid) and perf_counter() < until:
+        sleep(0.1)
+    return not is_process_alive(pid)
