@@ -20,7 +20,8 @@ from rlsys.records import WeightVersion
 
 AUTO, SHM, TCP = "auto", "shm", "tcp"
 NCCL, IPC, SHARDED_RDT = "nccl", "ipc", "sharded_rdt"
-NATIVE = (NCCL, IPC)  # vLLM's own. Its checks end with the sender, which compares bytes: the rest is the probe's
+# vLLM's own, without checksums: the sender compares the bytes that it reads, and the probe proves what arrived.
+NATIVE = (NCCL, IPC)
 
 
 class Channel(Protocol):

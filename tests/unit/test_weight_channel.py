@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from rlsys.actors.machines import RayMachines
 from rlsys.actors.mirror import NodeMirror
 from rlsys.actors.sender import Spot
 from rlsys.config.load import load_config
@@ -185,6 +187,41 @@ def test_a_refused_channel_is_found_before_anything_is_looked_at(tmp_path):
     config = load_config(tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match=r"rollout\.weight_channel"):
         check_references(config)
+
+
+@pytest.mark.parametrize(("channel", "spots"), [(NCCL, ["learner", "learner"]), (IPC, [None, None]), (AUTO, [])])
+def test_every_engine_gets_a_sender_beside_the_learner_or_beside_itself(channel, spots):
+    opened: list[str | None] = []
+
+    async def answer_with(spot: str | None) -> None:
+        opened.append(spot)
+
+    async def of_learner() -> str:
+        asked.append("learner")
+        return "learner"
+
+    asked: list[str] = []
+    actor = SimpleNamespace(open_sender=SimpleNamespace(remote=answer_with))
+    fleet, learner, nothing = Mock(), SimpleNamespace(spot=of_learner), Mock()
+    machines = RayMachines(
+        fleet,
+        learner,  # type: ignore[arg-type]
+        nothing,
+        home="here",
+        weight_channel=channel,
+        bundle={},
+        run="run",
+        new_engine=nothing,
+        new_mirror=nothing,
+    )
+
+    async def admit_two() -> None:
+        for name in ("rollout-0", "rollout-1"):
+            await machines.admit(name, actor, SimpleNamespace(node="here"))  # type: ignore[arg-type]
+
+    asyncio.run(admit_two())
+    assert opened == spots and len(asked) == (channel == NCCL)
+    assert [call.args[0] for call in fleet.admit.call_args_list] == ["rollout-0", "rollout-1"]
 
 
 def test_a_sender_sees_the_gpu_of_its_spot_alone():
