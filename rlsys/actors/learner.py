@@ -11,6 +11,7 @@ import numpy as np
 import ray
 
 from rlsys.actors.remote import answer
+from rlsys.actors.sender import Spot, own_spot
 from rlsys.batch.tensors import Batch, RankBatch
 from rlsys.errors import CheckpointFailed, Diverged, LearnerFailed
 from rlsys.records import Probe, StepReport, TensorEntry, Version, WeightVersion
@@ -66,6 +67,10 @@ class LearnerActor:
 
         self._server = SegmentServer(ray.util.get_node_ip_address(), self._segments)
         return self._server.source
+
+    def spot(self) -> Spot:
+        """Where versions can be sent from."""
+        return own_spot()
 
     def remove_segments(self, run: str) -> None:
         from rlsys.weights.segment import remove_segments
@@ -139,6 +144,10 @@ class RayLearner:
     async def serve_segments(self) -> Source:
         """Where other machines get rank 0's segments."""
         return await answer(self._actors[0].serve_segments.remote(), "learner-0", LearnerFailed)
+
+    async def spot(self) -> Spot:
+        """Rank 0's machine, where the segments are, and its GPU."""
+        return await answer(self._actors[0].spot.remote(), "learner-0", LearnerFailed)
 
     async def stop(self, run: str) -> None:
         await answer(self._actors[0].remove_segments.remote(run), "learner-0", LearnerFailed)

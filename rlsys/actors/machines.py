@@ -16,10 +16,11 @@ from rlsys.actors.learner import RayLearner
 from rlsys.actors.mirror import NodeMirror
 from rlsys.actors.remote import answer
 from rlsys.actors.rollout import RayFleet, Worker
+from rlsys.actors.sender import Spot
 from rlsys.controller.parts import Survey
 from rlsys.errors import EngineLost, RlsysError
 from rlsys.observe.sink import RunSink
-from rlsys.weights.channel import SHM, TCP, SharedMemory, channel_name
+from rlsys.weights.channel import NATIVE, NCCL, SHM, TCP, SharedMemory, channel_name
 from rlsys.weights.tcp import Source
 
 
@@ -53,6 +54,7 @@ class RayMachines:
         self._new_engine, self._new_mirror = new_engine, new_mirror
         self._opening = asyncio.Lock()
         self._source: Source | None = None
+        self._spot: Spot | None = None  # of senders on the learner's machine
 
     def engines(self) -> Mapping[str, str]:
         names = _names()
@@ -98,6 +100,10 @@ class RayMachines:
             if channel is None:
                 by_tcp = channel_name(self._weight_channel, is_home=is_home) == TCP
                 channel = await self._mirror_at(place.node) if by_tcp else SharedMemory()
+            if self._weight_channel == NCCL and self._spot is None:
+                self._spot = await self._learner.spot()
+        if self._weight_channel in NATIVE:
+            await answer(actor.open_sender.remote(self._spot), engine, EngineLost)
         if isinstance(channel, NodeMirror):
             where = "on the learner's machine" if is_home else "on another machine than the learner"
             self._sink.event(f"{engine}: {where}; weights go there over TCP")

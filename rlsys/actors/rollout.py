@@ -12,13 +12,14 @@ import ray
 from rlsys.actors.cluster import Place
 from rlsys.actors.mailbox import Ended, Mailbox, Order, Tray
 from rlsys.actors.remote import answer
+from rlsys.actors.sender import RaySender, Spot, own_spot
 from rlsys.envs.single_turn import SingleTurn
 from rlsys.errors import EngineLost
 from rlsys.records import LoadReport, Prompt, WeightVersion
 from rlsys.rollout.engine import Engine
 from rlsys.rollout.play import Member, Played, Player, PlaySpec
 from rlsys.rollout.router import EngineReport
-from rlsys.rollout.vllm_settings import VllmSettings
+from rlsys.rollout.vllm_settings import VllmSettings, num_workers
 from rlsys.weights.channel import Channel
 
 
@@ -33,7 +34,9 @@ class RolloutActor:
         from rlsys.rollout.vllm_engine import VllmEngine
 
         self._name, self._settings = name, settings
-        self._engine = VllmEngine(name, settings)
+        backend = settings.weight_backend
+        self._sender = None if backend is None else RaySender(name, backend, num_workers(settings.vllm))
+        self._engine = VllmEngine(name, settings, self._sender)
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
         played_on, clock = self.played_on(self._engine), WallClock()
         self._tray = Tray(Player(played_on, name, make_env=SingleTurn, tokenizer=tokenizer, clock=clock), clock)
@@ -61,6 +64,25 @@ class RolloutActor:
 
     async def load(self, weights: WeightVersion) -> LoadReport:
         return await self._engine.load_weights(weights)
+
+    async def open_sender(self, spot: Spot | None) -> None:
+        """Who brings versions by ``settings.weight_backend``, before the first one comes. None: beside this actor."""
+        assert self._sender is not None
+        self._sender.open(spot or own_spot())
+
+    # What vLLM's client for Ray calls, by these names; the requests are vLLM's own records.
+
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        await self._engine.alive().init_weight_transfer_engine(request)
+
+    async def start_weight_update(self) -> None:
+        await self._engine.alive().start_weight_update()
+
+    async def update_weights(self, request: Any) -> None:
+        await self._engine.alive().update_weights(request)
+
+    async def finish_weight_update(self) -> None:
+        await self._engine.alive().finish_weight_update()
 
     async def interrupt(self) -> None:
         await self._engine.interrupt()

@@ -44,7 +44,7 @@ from rlsys.rollout.play import PlaySpec
 from rlsys.rollout.teacher import GRACE_S as TEACHER_GRACE_S
 from rlsys.rollout.teacher import TaughtScorer, TeacherSettings, teacher_environment
 from rlsys.rollout.vllm_settings import VllmSettings, engine_environment, num_workers
-from rlsys.weights.channel import check_reach
+from rlsys.weights.channel import IPC, NATIVE, check_reach
 from rlsys.weights.pool import SegmentPool
 
 SPARE_CALLS = 16  # of a rollout actor, beside its rollouts
@@ -255,6 +255,7 @@ def engine_settings(config: Config, inputs: Inputs, number: int) -> VllmSettings
         vllm=rollout.vllm,
         update_mode=rollout.update_mode,
         adapter=inputs.adapter_room,
+        weight_backend=rollout.weight_channel if rollout.weight_channel in NATIVE else None,
     )
 
 
@@ -267,7 +268,10 @@ def _rollout_actor(config: Config, inputs: Inputs, rollout_actor: type[RolloutAc
         cpus=rollout.cpus_per_replica,
         gpus=rollout.gpus_per_replica,
         environment=engine_environment(
-            cpus=rollout.cpus_per_replica, gpus=rollout.gpus_per_replica, workers=num_workers(rollout.vllm)
+            cpus=rollout.cpus_per_replica,
+            gpus=rollout.gpus_per_replica,
+            workers=num_workers(rollout.vllm),
+            takes_handles=rollout.weight_channel == IPC,
         ),
         place=place.strategy,
         # one call per rollout; a weight swap must never queue behind them

@@ -167,8 +167,9 @@ class RolloutSection(Section):
     """Share of the replicas, at least one, that take over new weights at a time; the others generate on."""
     weight_channel: Literal["auto", "shm", "tcp", "nccl", "ipc", "sharded_rdt"] = "auto"
     """How new weights come to the engines: shm, memory shared with the learner; tcp, a copy on their machine; auto is
-    shm on the learner's machine and tcp elsewhere. vLLM's own nccl, ipc and sharded_rdt are refused: in them the
-    learner waits for the engines."""
+    shm on the learner's machine and tcp elsewhere. nccl, ipc: vLLM's own, between GPUs, from a process beside the
+    learner or the engine that reads the published version. vLLM's sharded_rdt is refused: it takes engines of another
+    kind."""
     age_policy: Literal["drop", "mask", "pace"] = "drop"
     """What happens to tokens older than eta. drop: the whole rollout leaves, and is stopped as soon as that is certain;
     mask: they carry no weight; pace: they are trained, and counted as staleness/violations."""

@@ -11,6 +11,7 @@ from rlsys.plan import vllm_source
 from rlsys.plan.skeleton import skeleton_of
 from rlsys.rollout.vllm_settings import LORA_RANKS, AdapterRoom
 from rlsys.train.lora import leaves_base_alone, ranks_of_layers, with_adapters
+from rlsys.weights.channel import NATIVE
 
 # Keywords of LoraConfig that vLLM's adapters follow, or that say no more than where adapters are and how they begin.
 # Any other one that is set makes another kind of adapter.
@@ -53,6 +54,8 @@ def plan_adapters(config: Config) -> AdapterPlan | None:
     skeleton = skeleton_of(config.model.path)
     architecture = (skeleton.config.architectures or [type(skeleton).__name__])[0]
     why = why_another_kind(config.train.lora)
+    if not why and config.rollout.weight_channel in NATIVE:
+        why = f"rollout.weight_channel={config.rollout.weight_channel} fills an engine's own weights only"
     if not why and any(name.endswith(".experts") for name, _ in skeleton.named_modules()):
         why = f"{architecture} has experts"
     if why:  # before adapters are made: some begin with arithmetic on the weights

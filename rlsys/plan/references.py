@@ -29,7 +29,7 @@ from rlsys.prompts.tasks import EXACT_MATCH
 from rlsys.records import Message
 from rlsys.reward.load import check_reward, load_reward
 from rlsys.rollout.play import opening_tokens
-from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS
+from rlsys.rollout.vllm_settings import OWNED_ARGUMENTS, num_workers
 from rlsys.train.lora import check_lora
 from rlsys.weights.channel import check_channel
 
@@ -44,7 +44,12 @@ def check_references(config: Config) -> Found:
     """
     check_engine_arguments("rollout.vllm", config.rollout.vllm, OWNED_ARGUMENTS)
     check_engine_workers(config.rollout)
-    check_channel(config.rollout.weight_channel, gpus_per_replica=config.rollout.gpus_per_replica)
+    check_channel(
+        config.rollout.weight_channel,
+        gpus_per_replica=config.rollout.gpus_per_replica,
+        gpus_per_rank=config.train.gpus_per_rank,
+        workers=num_workers(config.rollout.vllm),
+    )
     check_training(config)
     if config.train.lora is not None:
         check_lora(config.train.lora)

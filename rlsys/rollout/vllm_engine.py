@@ -3,8 +3,8 @@
 A weight swap, in order (``load_weights``): verify the bytes and pack the weights while generation goes on; pause at a
 token boundary; exchange (or load, where that could not be prepared); resume; probe; hand out. What finishes between
 resume and proof is held back until the proof, or lost with it. Requests in flight go on with their KV computed again
-(``recompute``) or as it is (``keep``), or end before it (``drain``). Where ``settings.adapter`` gives room for one, a
-version is an adapter on the base model that the engine was started with, and goes the same way.
+(``recompute``) or as it is (``keep``), or end before it (``drain``). How weights get into the workers, whole or as an
+adapter on the base model that the engine was started with, is a ``Delivery``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 from vllm.config.weight_transfer import WeightTransferConfig
-from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
@@ -27,14 +26,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from rlsys.errors import EngineLost, RequestRefused, WaitTimeout, WeightsRefused
 from rlsys.records import LoadReport, StopReason, Turn, Version, WeightVersion
 from rlsys.rollout.engine import GenerateRequest
+from rlsys.rollout.vllm_delivery import WeightSender, delivery_of
 from rlsys.rollout.vllm_process import VllmProcess, check_arguments, final_output
 from rlsys.rollout.vllm_settings import VllmSettings
 from rlsys.weights.probe import TOLERANCE, check_probe
-from rlsys.weights.readers import SegmentReaders
 from rlsys.weights.vllm_adapter import ADAPTER_REQUEST
-from rlsys.weights.vllm_plugin import BACKEND, init_info, update_info
+from rlsys.weights.vllm_plugin import BACKEND, driver
 
-PREPARATION_POLL_S = 0.02  # between two looks whether the workers are ready
 PROBE_PRIORITY = -1  # smaller goes first; rollouts have 0
 _STOP_REASONS = {"stop": StopReason.EOS, "length": StopReason.LENGTH}
 _NOTHING = Turn(
@@ -51,17 +49,18 @@ class VllmEngine:
     Args:
         name: appears in every error.
         settings: what it is started with.
+        sender: brings versions where ``settings.weight_backend`` is set.
 
     Raises:
         ConfigError: ``settings.vllm`` names no engine argument of vLLM.
     """
 
-    def __init__(self, name: str, settings: VllmSettings) -> None:
+    def __init__(self, name: str, settings: VllmSettings, sender: WeightSender | None = None) -> None:
         check_arguments("rollout.vllm", settings.vllm)
         self._name, self._settings = name, settings
         self._version: Version | None = None
         self._loading = asyncio.Lock()
-        self._readers = SegmentReaders()
+        self._delivery = delivery_of(name, settings, sender)
         self._is_interrupted = False
         self._proven = asyncio.Event()  # clear while a version is loaded but not proven
         self._proven.set()
@@ -77,9 +76,13 @@ class VllmEngine:
         """Raises WaitTimeout or EngineLost if the engine does not come up."""
         arguments = AsyncEngineArgs(
             **self._settings.arguments(on_cpu=current_platform.is_cpu()),
-            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            weight_transfer_config=WeightTransferConfig(backend=self._settings.weight_backend or BACKEND),
         )
-        await self._process.start(arguments, self._settings.start_timeout_s, _prepare_transfer)
+        await self._process.start(arguments, self._settings.start_timeout_s, _introduce_driver)
+
+    def alive(self) -> AsyncLLM:
+        """What a sender calls. Raises EngineLost."""
+        return self._process.alive()
 
     async def generate(self, request: GenerateRequest) -> Turn:
         """Raises RequestRefused (this request cannot be served) or EngineLost."""
@@ -103,12 +106,10 @@ class VllmEngine:
             is_whole = True
             try:
                 async with self._deadline(f"weights {weights.version}"):
-                    # before the pause, and off the event loop: generation goes on while the bytes are read
-                    await asyncio.to_thread(self._verify, weights)
-                    await self._prepare(llm, weights)
+                    await self._delivery.prepare(llm, weights)
                     is_whole = False
                     paused = await self._pause(llm)
-                    await self._swap(llm, weights)
+                    await self._delivery.deliver(llm, weights)
                     # the probe is queued before the engine goes on, so that it is in the first batch
                     answers, resumed = await asyncio.gather(self._answer_probe(llm, weights), _resume(llm))
                     difference = await self._prove(weights, answers)
@@ -134,30 +135,6 @@ class VllmEngine:
         """Shut the engine's processes down. Whatever is still in flight raises EngineLost."""
         await self._process.stop()
 
-    def _verify(self, weights: WeightVersion) -> None:
-        self._readers.open(weights.segment, weights.tensors).verify()
-
-    async def _prepare(self, llm: AsyncLLM, weights: WeightVersion) -> None:
-        """Let the workers have the version ready beside the running model, those that can."""
-        info = update_info(weights.segment, weights.tensors)
-        if self._adapter is not None:
-            for failure in await llm.collective_rpc("prepare_adapter", kwargs={"update_info": info}):
-                self._refuse(weights, failure)
-            return
-        if not any(await llm.collective_rpc("prepare_weights", kwargs={"update_info": info})):
-            return
-        while True:
-            states = await llm.collective_rpc("weight_preparation")
-            for _, failure in states:
-                self._refuse(weights, failure)
-            if all(is_over for is_over, _ in states):
-                return
-            await asyncio.sleep(PREPARATION_POLL_S)
-
-    def _refuse(self, weights: WeightVersion, failure: str | None) -> None:
-        if failure is not None:
-            raise WeightsRefused(f"engine {self._name}, version {weights.version}: {failure}")
-
     async def _pause(self, llm: AsyncLLM) -> float:
         """Returns when generation stood still, as ``perf_counter`` tells it. What ends until then was sampled by the
         proven version, and is handed out."""
@@ -166,15 +143,6 @@ class VllmEngine:
         await llm.pause_generation(mode=mode, clear_cache=self._settings.update_mode != "keep")
         self._proven.clear()
         return perf_counter() if mode == "wait" else asked
-
-    async def _swap(self, llm: AsyncLLM, weights: WeightVersion) -> None:
-        if self._adapter is not None:  # vLLM's own update would leave the engine without an adapter at its end
-            await llm.collective_rpc("exchange_adapter")
-            await llm.update_weight_version(str(weights.version))
-            return
-        await llm.start_weight_update()
-        await llm.update_weights(WeightTransferUpdateRequest(update_info=update_info(weights.segment, weights.tensors)))
-        await llm.finish_weight_update(weight_version=str(weights.version))
 
     async def _answer_probe(self, llm: AsyncLLM, weights: WeightVersion) -> list[NDArray[np.float32]]:
         """Log-probabilities of the probe's tokens as the engine computes them now, float32 [T] each."""
@@ -256,8 +224,8 @@ def _sampling(request: GenerateRequest) -> SamplingParams:
     )
 
 
-async def _prepare_transfer(llm: AsyncLLM) -> None:
-    await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info()))
+async def _introduce_driver(llm: AsyncLLM) -> None:
+    await llm.collective_rpc("end_with", kwargs=driver())
 
 
 async def _resume(llm: AsyncLLM) -> float:

@@ -104,6 +104,7 @@ class VllmSettings:
         vllm: further engine arguments, passed through (config key ``rollout.vllm``).
         update_mode: how requests in flight go on under new weights (config key ``rollout.update_mode``).
         adapter: room for what versions consist of, an adapter on the base in ``model``; None: they are all weights.
+        weight_backend: of vLLM's own, by which a sender brings versions; None: the workers load the segment.
         worker_extension: class whose import registers the transfer engine in the worker process.
 
     Raises:
@@ -125,6 +126,7 @@ class VllmSettings:
     vllm: Mapping[str, Any] = field(default_factory=dict)
     update_mode: UpdateMode = "recompute"
     adapter: AdapterRoom | None = None
+    weight_backend: str | None = None
     worker_extension: str = PLUGIN
 
     def __post_init__(self) -> None:
@@ -161,7 +163,9 @@ class VllmSettings:
         return {**defaults, **self.vllm, **owned}
 
 
-def engine_environment(*, cpus: float, gpus: float, workers: int = 1, kv_cache_gib: int = 1) -> dict[str, str]:
+def engine_environment(
+    *, cpus: float, gpus: float, workers: int = 1, kv_cache_gib: int = 1, takes_handles: bool = False
+) -> dict[str, str]:
     """Environment variables that an engine's process needs before it imports vllm.
 
     Args:
@@ -169,6 +173,7 @@ def engine_environment(*, cpus: float, gpus: float, workers: int = 1, kv_cache_g
         gpus: above 0, the settings of the CPU backend are left out.
         workers: processes that share the cores (``num_workers``).
         kv_cache_gib: key-value cache of the CPU backend, GiB in each of them.
+        takes_handles: whether weights come as handles to memory of a GPU.
     """
     everywhere = {
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -176,6 +181,8 @@ def engine_environment(*, cpus: float, gpus: float, workers: int = 1, kv_cache_g
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would copy the threads' locks of the process that drives it
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if takes_handles:  # which vLLM sends on to its own processes as pickles only
+        everywhere["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if gpus > 0:
         return everywhere
     threads = str(max(1, int(cpus / workers)))

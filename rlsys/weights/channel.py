@@ -3,7 +3,11 @@
 A version is a segment in shared memory on the learner's machine, with its manifest. By ``shm`` the engines of that
 machine read it as it lies there; by ``tcp`` a mirror brings it to a machine, once for all engines there. So the learner
 trains on while engines take over a version at their own pace, each byte against its checksum. On the engine's side both
-are one backend of vLLM's factory of weight transfers (``vllm_plugin``), where vLLM's own ones stand beside it.
+are one backend of vLLM's factory of weight transfers (``vllm_plugin``).
+
+vLLM's own backends stand beside it. Their sender is not the learner, which would have to wait, but a process for each
+engine that reads the version where it lies (``vllm_sender``): with ``nccl`` on the learner's machine and GPU; with
+``ipc`` on the engine's, where the version comes first as by ``auto``.
 """
 
 from __future__ import annotations
@@ -15,14 +19,9 @@ from rlsys.errors import ConfigError
 from rlsys.records import WeightVersion
 
 AUTO, SHM, TCP = "auto", "shm", "tcp"
-
-# vLLM's own backends, as its sources describe the trainer's side (vllm/distributed/weight_transfer). No checksums: only
-# the probe would prove what they brought.
-NATIVE = {
-    "nccl": "a broadcast of the learner's live weights, in which learner and engines wait for one another",
-    "ipc": "handles to the learner's live weights, for engines on the learner's own GPUs",
-    "sharded_rdt": "engines that read the learner's live weights over RDMA while it gathers them",
-}
+NCCL, IPC, SHARDED_RDT = "nccl", "ipc", "sharded_rdt"
+# vLLM's own, without checksums: the sender compares the bytes that it reads, and the probe proves what arrived.
+NATIVE = (NCCL, IPC)
 
 
 class Channel(Protocol):
@@ -65,24 +64,37 @@ def channel_name(wanted: str, *, is_home: bool) -> str:
     Example:
         >>> channel_name("auto", is_home=True), channel_name("auto", is_home=False), channel_name("tcp", is_home=True)
         ('shm', 'tcp', 'tcp')
+        >>> channel_name("nccl", is_home=False), channel_name("ipc", is_home=False)
+        ('shm', 'tcp')
     """
-    return wanted if wanted != AUTO else SHM if is_home else TCP
+    if wanted == NCCL:
+        return SHM  # the sender is on the learner's machine, wherever the engine is
+    return wanted if wanted in (SHM, TCP) else SHM if is_home else TCP
 
 
-def check_channel(wanted: str, *, gpus_per_replica: float) -> None:
-    """Raises ConfigError for vLLM's own channels: the learner would have to stand still until every engine has the
-    version, and here it trains on."""
-    if wanted not in NATIVE:
-        return
-    got, remedy = f"{wanted}: {NATIVE[wanted]}", "leave it at auto; engines on GPUs load from shared memory, too"
-    if gpus_per_replica == 0:
-        got, remedy = f"{wanted}, which takes GPUs, with rollout.gpus_per_replica=0", "leave it at auto"
-    raise ConfigError(
-        "rollout.weight_channel",
-        got=got,
-        wanted="auto, shm or tcp, by which the learner trains on while engines take over a version",
-        remedy=remedy,
-    )
+def check_channel(wanted: str, *, gpus_per_replica: float, gpus_per_rank: float, workers: int) -> None:
+    """Raises ConfigError where a channel of vLLM's own cannot work.
+
+    Args:
+        wanted: ``rollout.weight_channel``.
+        workers: processes of one engine.
+    """
+    got, remedy = "", "leave it at auto, by which engines on GPUs load, too"
+    if wanted == SHARDED_RDT:
+        got = "it takes engines whose workers are actors of Ray; here they are processes of the engine"
+    elif wanted in NATIVE and gpus_per_replica == 0:
+        got, remedy = "it takes engines on GPUs, with rollout.gpus_per_replica=0", "leave it at auto"
+    elif wanted == NCCL and gpus_per_rank == 0:
+        got = "it sends from the learner's GPU, with train.gpus_per_rank=0"
+    elif wanted == NCCL and gpus_per_replica < 1:
+        got = f"it takes one process on each GPU, with rollout.gpus_per_replica={gpus_per_replica:g} others share it"
+    elif wanted == IPC and workers > 1:
+        got = f"it shares the memory of one GPU, with {workers} processes of one engine, each on a GPU of its own"
+        remedy = "set it to nccl, or leave it at auto"
+    if got:
+        raise ConfigError(
+            "rollout.weight_channel", got=f"{wanted}: {got}", wanted="a channel that reaches the engines", remedy=remedy
+        )
 
 
 def check_reach(wanted: str, num_elsewhere: int) -> None:

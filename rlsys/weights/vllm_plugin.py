@@ -43,7 +43,13 @@ _READERS = SegmentReaders()  # of this worker process
 class WorkerExtension:
     """Names this module to vLLM, and adds to its worker what can be called while requests run."""
 
-    weight_transfer_engine: ShmWeightTransferEngine
+    weight_transfer_engine: ShmWeightTransferEngine  # with another backend only end_with is called
+
+    def end_with(self, pid: int, host: str) -> None:
+        """End with the process that drives the engine: where it is killed, this one would be left behind, at work for
+        nobody. Workers on other machines end with vLLM's own processes."""
+        if host == socket.gethostname():
+            end_with_owner(pid)
 
     def prepare_weights(self, update_info: dict[str, Any]) -> bool:
         engine = self.weight_transfer_engine
@@ -58,18 +64,6 @@ class WorkerExtension:
 
     def exchange_adapter(self) -> None:
         self.weight_transfer_engine.adapter.exchange()
-
-
-@dataclass
-class ShmInitInfo(WeightTransferInitInfo):
-    """Who drives the engine. Without it a killed driver would leave the engine's processes behind, at work for nobody.
-
-    Attributes:
-        owner_pid, owner_host: process and machine of the driver.
-    """
-
-    owner_pid: int
-    owner_host: str
 
 
 @dataclass
@@ -89,9 +83,9 @@ class ShmUpdateInfo(WeightTransferUpdateInfo):
     num_bytes: list[int]
 
 
-def init_info() -> dict[str, Any]:
-    """``ShmInitInfo`` keywords: this process is the driver."""
-    return {"owner_pid": os.getpid(), "owner_host": socket.gethostname()}
+def driver() -> dict[str, Any]:
+    """Keywords of ``WorkerExtension.end_with``: this process drives the engine."""
+    return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
 def update_info(segment: str, tensors: Sequence[TensorEntry]) -> dict[str, Any]:
@@ -106,17 +100,16 @@ def update_info(segment: str, tensors: Sequence[TensorEntry]) -> dict[str, Any]:
     }
 
 
-class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
+class ShmWeightTransferEngine(WeightTransferEngine[WeightTransferInitInfo, ShmUpdateInfo]):
     """Loads views into the segment through the model's own weight loaders, inside vLLM's layerwise reload: into the
     model itself, or into a twin of it that was prepared beforehand."""
 
-    init_info_cls = ShmInitInfo
+    init_info_cls = WeightTransferInitInfo
     update_info_cls = ShmUpdateInfo
     _prepared: PreparedWeights | None = None
 
-    def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
-        if init_info.owner_host == socket.gethostname():  # workers elsewhere end with vLLM's own processes
-            end_with_owner(init_info.owner_pid)
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
+        """There is nobody to meet."""
 
     @cached_property
     def adapter(self) -> AdapterSlot:

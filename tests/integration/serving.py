@@ -93,6 +93,11 @@ def weights_of(step: int, *, path: Path, previous: int | None) -> WeightVersion:
     )
 
 
+def published(folder: Path, step: int, previous: int | None = None) -> WeightVersion:
+    """The model of ``step``, in a segment in ``folder``."""
+    return weights_of(step, path=segment_path("test", f"{step}", folder=folder), previous=previous)
+
+
 @dataclass
 class Bench:
     """The running engine, the event loop that it lives in, and the folder of its segments."""
@@ -108,7 +113,7 @@ class Bench:
         return answers
 
     def weights(self, step: int, previous: int | None = None) -> WeightVersion:
-        return weights_of(step, path=segment_path("test", f"{step}", folder=self.folder), previous=previous)
+        return published(self.folder, step, previous)
 
 
 @contextmanager
@@ -125,11 +130,8 @@ def serving_folder(folder: Path) -> Iterator[Path]:
     os.environ.update(before)
 
 
-@contextmanager
-def running(name: str, folder: Path, timeout_s: float, **settings_: Any) -> Iterator[Bench]:
-    from rlsys.rollout.vllm_engine import VllmEngine  # reads the environment when it is imported
-
-    settings = VllmSettings(
+def settings_of(folder: Path, timeout_s: float, **others: Any) -> VllmSettings:
+    return VllmSettings(
         model=str(folder / "model"),
         dtype="float32",
         max_model_len=960,
@@ -137,10 +139,15 @@ def running(name: str, folder: Path, timeout_s: float, **settings_: Any) -> Iter
         seed=0,
         start_timeout_s=300,
         timeout_s=timeout_s,
-        worker_extension="tests.integration.tied_head_sabotage.WorkerExtension",
-        **settings_,
+        **{"worker_extension": "tests.integration.tied_head_sabotage.WorkerExtension"} | others,
     )
-    engine = VllmEngine(name, settings)
+
+
+@contextmanager
+def running(name: str, folder: Path, timeout_s: float, sender: Any = None, **settings_: Any) -> Iterator[Bench]:
+    from rlsys.rollout.vllm_engine import VllmEngine  # reads the environment when it is imported
+
+    engine = VllmEngine(name, settings_of(folder, timeout_s, **settings_), sender)
     with asyncio.Runner() as runner:
         try:
             runner.run(engine.start())

@@ -55,6 +55,7 @@ def test_engines_keep_room_for_the_largest_rank_and_for_the_layers_that_have_one
 @pytest.mark.parametrize(
     ("words", "why"),
     [
+        (["train.lora={r: 4}", "rollout.weight_channel=nccl"], "weight_channel=nccl fills"),
         (["train.lora={r: 4, use_dora: true}"], "use_dora"),
         (["train.lora={r: 4, lora_bias: true}"], "lora_bias"),
         (["train.lora={r: 4, init_lora_weights: pissa}"], "pissa changes the base"),

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from rlsys.actors.machines import RayMachines
 from rlsys.actors.mirror import NodeMirror
+from rlsys.actors.sender import Spot
 from rlsys.config.load import load_config
 from rlsys.config.schema import RolloutSection
 from rlsys.errors import ConfigError, WeightsRefused
@@ -20,7 +23,10 @@ from rlsys.plan.references import check_references
 from rlsys.records import Probe, Version, WeightVersion
 from rlsys.weights.channel import (
     AUTO,
+    IPC,
     NATIVE,
+    NCCL,
+    SHARDED_RDT,
     SHM,
     TCP,
     Channel,
@@ -140,20 +146,40 @@ def test_without_a_choice_memory_is_shared_where_it_can_be():
     assert chosen == [SHM, TCP, SHM, SHM, TCP, TCP]
 
 
+def test_a_version_is_brought_to_the_machine_of_its_sender():
+    """By nccl that is the learner's, by ipc the engine's."""
+    chosen = [channel_name(wanted, is_home=is_home) for wanted in (NCCL, IPC) for is_home in (True, False)]
+    assert chosen == [SHM, SHM, SHM, TCP]
+
+
+def check(wanted: str, gpus_per_replica: float = 1, gpus_per_rank: float = 1, workers: int = 1) -> None:
+    check_channel(wanted, gpus_per_replica=gpus_per_replica, gpus_per_rank=gpus_per_rank, workers=workers)
+
+
 def test_the_key_takes_the_names_of_every_channel():
     names = get_args(RolloutSection.model_fields["weight_channel"].annotation)
-    assert set(names) == {AUTO, SHM, TCP, *NATIVE}
+    assert set(names) == {AUTO, SHM, TCP, SHARDED_RDT, *NATIVE}
     for name in (AUTO, SHM, TCP):
-        check_channel(name, gpus_per_replica=0)
+        check(name, gpus_per_replica=0, gpus_per_rank=0)
+    check(NCCL), check(NCCL, gpus_per_replica=4, gpus_per_rank=0.5, workers=4)
+    check(IPC), check(IPC, gpus_per_replica=0.4, gpus_per_rank=0)
 
 
-@pytest.mark.parametrize("name", sorted(NATIVE))
-@pytest.mark.parametrize("gpus", [0.0, 1.0])
-def test_channels_in_which_the_learner_would_wait_are_refused_by_name_with_the_reason(name, gpus):
-    with pytest.raises(ConfigError, match=r"trains on while engines take over.*\n.*leave it at auto") as refused:
-        check_channel(name, gpus_per_replica=gpus)
-    assert refused.value.what == "rollout.weight_channel" and name in refused.value.got
-    assert ("live weights" if gpus else "takes GPUs") in refused.value.got
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"wanted": SHARDED_RDT}, "workers are actors of Ray"),
+        ({"wanted": NCCL, "gpus_per_replica": 0}, "engines on GPUs, with rollout.gpus_per_replica=0"),
+        ({"wanted": IPC, "gpus_per_replica": 0}, "engines on GPUs, with rollout.gpus_per_replica=0"),
+        ({"wanted": NCCL, "gpus_per_rank": 0}, "the learner's GPU, with train.gpus_per_rank=0"),
+        ({"wanted": NCCL, "gpus_per_replica": 0.5}, r"rollout.gpus_per_replica=0\.5 others share it"),
+        ({"wanted": IPC, "gpus_per_replica": 2, "workers": 2}, "one GPU, with 2 processes of one engine"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name_with_the_reason(given, why):
+    with pytest.raises(ConfigError, match=rf"{given['wanted']}: .*{why}.*\n.*\n.*leave it at auto") as refused:
+        check(**given)
+    assert refused.value.what == "rollout.weight_channel"
 
 
 def test_a_refused_channel_is_found_before_anything_is_looked_at(tmp_path):
@@ -161,6 +187,46 @@ def test_a_refused_channel_is_found_before_anything_is_looked_at(tmp_path):
     config = load_config(tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match=r"rollout\.weight_channel"):
         check_references(config)
+
+
+@pytest.mark.parametrize(("channel", "spots"), [(NCCL, ["learner", "learner"]), (IPC, [None, None]), (AUTO, [])])
+def test_every_engine_gets_a_sender_beside_the_learner_or_beside_itself(channel, spots):
+    opened: list[str | None] = []
+
+    async def answer_with(spot: str | None) -> None:
+        opened.append(spot)
+
+    async def of_learner() -> str:
+        asked.append("learner")
+        return "learner"
+
+    asked: list[str] = []
+    actor = SimpleNamespace(open_sender=SimpleNamespace(remote=answer_with))
+    fleet, learner, nothing = Mock(), SimpleNamespace(spot=of_learner), Mock()
+    machines = RayMachines(
+        fleet,
+        learner,  # type: ignore[arg-type]
+        nothing,
+        home="here",
+        weight_channel=channel,
+        bundle={},
+        run="run",
+        new_engine=nothing,
+        new_mirror=nothing,
+    )
+
+    async def admit_two() -> None:
+        for name in ("rollout-0", "rollout-1"):
+            await machines.admit(name, actor, SimpleNamespace(node="here"))  # type: ignore[arg-type]
+
+    asyncio.run(admit_two())
+    assert opened == spots and len(asked) == (channel == NCCL)
+    assert [call.args[0] for call in fleet.admit.call_args_list] == ["rollout-0", "rollout-1"]
+
+
+def test_a_sender_sees_the_gpu_of_its_spot_alone():
+    assert Spot(node="n", gpu="3").environment()["CUDA_VISIBLE_DEVICES"] == "3"
+    assert Spot(node="n", gpu=None).environment() == {}
 
 
 def test_shared_memory_to_other_machines_is_refused():
