@@ -51,11 +51,9 @@ from rlsys.bench.overlap_runs import (
 from rlsys.bench.report import Report
 from rlsys.bench.sides import SIDES, Cores, Side, measure_sides, on_cores
 
-# Far fewer slots than a batch has rollouts: at every new version the contexts in all slots are computed again. With
-# more slots the engine is faster alone, but pays more for each version.
-SIZES = Sizes(
-    steps=20, prompts=16, group_size=8, slots=24, longest=400, tokens_per_microbatch=4096, width=256, layers=4
-)
+# Few slots, as an engine has whose cache is small: it samples for longer than the learner trains, and at every new
+# version few contexts are computed again. Many batches: the first one and the last one overlap with nothing.
+SIZES = Sizes(steps=32, prompts=8, group_size=8, slots=8, longest=400, tokens_per_microbatch=4096, width=256, layers=6)
 BOTH = tuple(range(CORES))
 SHARE_WANTED, SPEEDUP_WANTED = 0.9, 1.5
 

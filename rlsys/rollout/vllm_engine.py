@@ -136,11 +136,12 @@ class VllmEngine:
         await self._process.stop()
 
     async def _pause(self, llm: AsyncLLM) -> float:
-        """Returns when generation stood still, as ``perf_counter`` tells it. What ends until then was sampled by the
-        proven version, and is handed out."""
+        """Returns when generation stood still, as ``perf_counter`` tells it. What the proven version has sampled and
+        arrives later waits for the proof of the next one."""
         asked = perf_counter()
         mode = "wait" if self._settings.update_mode == "drain" else "keep"
-        await llm.pause_generation(mode=mode, clear_cache=self._settings.update_mode != "keep")
+        # vLLM's ``pause_generation`` is this call and then a sleep of 20 ms, for outputs to arrive before it returns
+        await llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=self._settings.update_mode != "keep")
         self._proven.clear()
         return perf_counter() if mode == "wait" else asked
 
