@@ -26,6 +26,8 @@ from rlsys.records import RolloutGroup, Sample, Version
 from rlsys.train.objective import Objective
 from tests.laws.learner_ranks import OBJECTIVE, TEMPERATURE, Outcome, is_time, make_groups, section
 
+pytestmark = pytest.mark.engines
+
 VERSION = Version(incarnation=0, step=7)
 OLDEST_STEP = 6  # one step back: tokens of step 5 lose their weight
 EXACT = 1e-5

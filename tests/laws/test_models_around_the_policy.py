@@ -27,6 +27,8 @@ from rlsys.train.objective import Divergence, Objective, Teaching
 from rlsys.train.terms import Term
 from tests.laws.learner_ranks import TEMPERATURE, VOCABULARY, Outcome, Ranks, is_time, make_groups, section
 
+pytestmark = pytest.mark.engines
+
 VERSION = Version(incarnation=0, step=7)
 EXACT = 1e-5
 MEASURED = {"actor/pg_loss", "actor/kl_loss", "critic/vf_loss", "critic/kl", "teacher/reverse_kl"}
