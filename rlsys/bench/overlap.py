@@ -17,11 +17,12 @@ would be gained if nothing ever waited and overlapping cost nothing of ours. Fro
     share_of_ceiling = speedup_async_over_sync / ceiling,  the speed-up being that of ``partial``
     ideal_from_rates = (engine's + learner's seconds, both cores each) / max(engine's, learner's; a core each)
 
-where the sides were measured without anything between them, the engine with as many rollouts in hand as in a run, on
-the first half of the list before the runs and on the second one after them: machines get faster and slower in minutes.
-On a core each they work at once, as they do in a run: cores share caches and the way to the memory, and on some
-machines two busy ones are a quarter slower than one. On both cores each side has the machine for itself, with one
-thread or with two, whichever is faster; a synchronous run has the same. ``ideal_from_rates`` leaves stragglers out.
+where the sides were measured without anything between them, the engine with as many rollouts in hand as in a run. On a
+core each they work at once, as they do in a run: cores share caches and the way to the memory, and on some machines two
+busy ones are a quarter slower than one. That is measured on the first half of the list before the runs, and on the
+second one after them: machines get faster and slower in minutes. On both cores each side has the machine for itself,
+with one thread or with two, whichever is faster; a synchronous run has the same. ``ideal_from_rates`` leaves stragglers
+out.
 
 The gain is largest where both sides need about the same time on a core, but then nothing is left for the controller,
 the rewards and the contexts that are computed again. The sizes are so chosen that the engine needs more. Before the
@@ -33,7 +34,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlsys.bench.overlap_runs import (
@@ -53,8 +54,9 @@ from rlsys.bench.sides import SIDES, Cores, Side, measure_sides, on_cores
 
 # Few slots, as an engine has whose cache is small: it samples for longer than the learner trains, and at every new
 # version few contexts are computed again. Many batches: the first one and the last one overlap with nothing.
-SIZES = Sizes(steps=32, prompts=8, group_size=8, slots=6, longest=400, tokens_per_microbatch=4096, width=256, layers=6)
+SIZES = Sizes(steps=32, prompts=8, group_size=8, slots=8, longest=400, tokens_per_microbatch=4096, width=256, layers=6)
 BOTH = tuple(range(CORES))
+AT_ONCE: Mapping[Side, Cores] = {side: Cores(which=(core,), threads=1) for core, side in enumerate(SIDES)}
 SHARE_WANTED, SPEEDUP_WANTED = 0.9, 1.5
 
 
@@ -81,14 +83,6 @@ class Rates:
     def two_cores_s(self) -> float:
         return min(self.one_thread_s, self.two_threads_s)
 
-    def mean_with(self, other: Rates) -> Rates:
-        """Of as many batches."""
-        return Rates(
-            one_core_s=(self.one_core_s + other.one_core_s) / 2,
-            one_thread_s=(self.one_thread_s + other.one_thread_s) / 2,
-            two_threads_s=(self.two_threads_s + other.two_threads_s) / 2,
-        )
-
 
 def measure(sizes: Sizes = SIZES) -> Report:
     """Figures: the three of the formulas above; ``idle/trainer`` and ``idle/rollout`` of the partial mode;
@@ -108,8 +102,11 @@ def measure(sizes: Sizes = SIZES) -> Report:
         for mode in MODES:
             config = config_of(mode, sizes, root, **(threads if mode == SYNCHRONOUS else {}))
             modes[mode] = run_mode(config, inputs_of(config, model_path))
-        after = _rates(sizes, range(half, sizes.steps), root / "after", model_path)
-    rates = {side: before[side].mean_with(after[side]) for side in SIDES}
+        after = _seconds(AT_ONCE, sizes, range(half, sizes.steps), root / "after", model_path)
+    rates = {
+        side: replace(found, one_core_s=(found.one_core_s + after[side]) / 2)  # of as many batches
+        for side, found in before.items()
+    }
     figures = figures_of(modes, **rates)
     figures |= {f"{SYNCHRONOUS}/{name}": float(number) for name, number in threads.items()}
     return Report(figures=figures, table=_table(sizes, modes, rates, figures))
@@ -149,22 +146,24 @@ def figures_of(modes: Mapping[str, ModeFigures], *, engine: Rates, learner: Rate
 
 
 def _rates(sizes: Sizes, part: range, folder: Path, model_path: Path) -> dict[Side, Rates]:
-    folder.mkdir()
-    config = config_of(PARTIAL, sizes, folder)
-
-    def per_batch(name: str, sides: Mapping[Side, Cores]) -> dict[Side, float]:
-        found = measure_sides(sides, config, model_path, part=part, folder=folder / name)
-        return {side: seconds / len(part) for side, seconds in found.items()}
-
-    at_once = per_batch("at-once", {side: Cores(which=(core,), threads=1) for core, side in enumerate(SIDES)})
+    at_once = _seconds(AT_ONCE, sizes, part, folder, model_path)
 
     def alone(side: Side, threads: int) -> float:
-        return per_batch(f"{side}-{threads}", {side: Cores(which=BOTH, threads=threads)})[side]
+        sides = {side: Cores(which=BOTH, threads=threads)}
+        return _seconds(sides, sizes, part, folder.with_name(f"{side}-{threads}"), model_path)[side]
 
     return {
         side: Rates(one_core_s=at_once[side], one_thread_s=alone(side, 1), two_threads_s=alone(side, 2))
         for side in SIDES
     }
+
+
+def _seconds(
+    sides: Mapping[Side, Cores], sizes: Sizes, part: range, folder: Path, model_path: Path
+) -> dict[Side, float]:
+    """A batch."""
+    found = measure_sides(sides, config_of(PARTIAL, sizes, folder), model_path, part=part, folder=folder)
+    return {side: seconds / len(part) for side, seconds in found.items()}
 
 
 def _table(

@@ -113,7 +113,7 @@ class VllmSettings:
     Example:
         >>> VllmSettings(model="m", dtype="float32", max_model_len=512, slots=8, seed=0,
         ...              start_timeout_s=600, timeout_s=300).arguments(on_cpu=True)["max_num_seqs"]
-        10
+        8
     """
 
     model: str
@@ -132,6 +132,12 @@ class VllmSettings:
     def __post_init__(self) -> None:
         refuse_owned_arguments(self.vllm, "rollout.vllm", OWNED_ARGUMENTS)
 
+    @property
+    def _most_sequences(self) -> int:
+        """So many that the proof of a version never waits for a rollout. In ``keep`` full slots go on at once after a
+        swap, and the probe needs room beside them; elsewhere no slot is taken when it is asked, and it goes first."""
+        return self.slots + NUM_SEQUENCES if self.update_mode == "keep" else max(self.slots, NUM_SEQUENCES)
+
     def arguments(self, *, on_cpu: bool) -> dict[str, Any]:
         """Keywords of vLLM's ``AsyncEngineArgs``, but for the weight transfer config, which is a vLLM object."""
         defaults: dict[str, Any] = {
@@ -145,8 +151,7 @@ class VllmSettings:
             "model": self.model,
             "dtype": self.dtype,
             "seed": self.seed,
-            # room for the probe beside full slots, so that the proof of a version never waits for rollouts
-            "max_num_seqs": self.slots + NUM_SEQUENCES,
+            "max_num_seqs": self._most_sequences,
             "max_model_len": max(self.max_model_len, NUM_TOKENS + 1),
             "logprobs_mode": "processed_logprobs",
             "worker_extension_cls": self.worker_extension,

@@ -52,7 +52,9 @@ def test_there_is_room_for_one_adapter_where_versions_are_adapters_and_for_none_
 
 def test_the_probe_always_has_room():
     arguments = _settings().arguments(on_cpu=True)
-    assert arguments["max_num_seqs"] == 8 + 2  # two probe sequences beside full slots
+    assert arguments["max_num_seqs"] == 8  # two probe sequences go before the rollouts, which line up again at a swap
+    assert replace(_settings(), update_mode="keep").arguments(on_cpu=True)["max_num_seqs"] == 8 + 2  # beside full slots
+    assert replace(_settings(), slots=1).arguments(on_cpu=True)["max_num_seqs"] == 2
     assert arguments["max_model_len"] == 48 + 1  # one probe sequence and the token that vLLM samples after it
 
 
