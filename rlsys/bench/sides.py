@@ -60,15 +60,17 @@ CONFIG, READY, GO, SECONDS, ENOUGH = "config.json", "ready", "go", "seconds", "e
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cores:
-    """Where a side computes.
+    """Where a side computes, and how it is given its work.
 
     Attributes:
         which: numbers of its cores, counted from the first one that this process may use.
         threads: of its libraries.
+        by_batch: whether the engine has sampled a batch to its end before it is given the next one.
     """
 
     which: tuple[int, ...]
     threads: int
+    by_batch: bool
 
 
 def measure_sides(
@@ -152,7 +154,8 @@ def _started(
 ) -> Iterator[_Process]:
     folder.mkdir()
     (folder / CONFIG).write_text(config.model_dump_json(), encoding="utf-8")
-    command = [sys.executable, "-m", __name__, side, str(folder), str(model_path), str(part.start), str(part.stop)]
+    numbers = map(str, (part.start, part.stop, int(cores.by_batch)))
+    command = [sys.executable, "-m", __name__, side, str(folder), str(model_path), *numbers]
     environment = os.environ | engine_environment(cpus=cores.threads, gpus=0)
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         with on_cores(cores.which):
@@ -168,12 +171,13 @@ def _started(
 # --- in the process of one side --------------------------------------------------------------------------------------
 
 
-def main(side: Side, folder: Path, model_path: Path, part: range) -> None:
+def main(side: Side, folder: Path, model_path: Path, part: range, by_batch: bool) -> None:
     config = Config.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
     inputs = inputs_of(config, model_path)
     batches = batches_of(config, inputs)[part.start : part.stop]
     if side == "engine":
-        asyncio.run(_sample_all(config, inputs, batches, folder))
+        together = [[batch] for batch in batches] if by_batch else [batches]
+        asyncio.run(_sample_all(config, inputs, together, folder))
     else:
         _train_all(config, inputs, batches, folder)
 
@@ -197,7 +201,10 @@ def _end(folder: Path, began: float) -> Callable[[], bool]:
     return lambda: (folder / ENOUGH).exists() or perf_counter() - began > TIMEOUT_S
 
 
-async def _sample_all(config: Config, inputs: Inputs, batches: Sequence[Sequence[Prompt]], folder: Path) -> None:
+async def _sample_all(
+    config: Config, inputs: Inputs, together: Sequence[Sequence[Sequence[Prompt]]], folder: Path
+) -> None:
+    """``together``: batches that are given to the engine at once, and what comes when all of them are done."""
     from rlsys.rollout.vllm_engine import VllmEngine
 
     settings = replace(engine_settings(config, inputs, 0), timeout_s=TIMEOUT_S)
@@ -222,12 +229,13 @@ async def _sample_all(config: Config, inputs: Inputs, batches: Sequence[Sequence
     await engine.start()
     try:
         await engine.load_weights(_weights(inputs.model_path, folder / "weights"))
-        await play_all(batches[:1])  # in a run the evaluation before the training warms the engine up
+        await play_all(together[0][:1])  # in a run the evaluation before the training warms the engine up
         began = _begin(folder)
-        await play_all(batches)
+        for batches in together:
+            await play_all(batches)
         is_over = _end(folder, began)
         while not is_over():
-            await play_all(batches[:1])
+            await play_all(together[0][:1])
     finally:
         await engine.stop()
 
@@ -305,5 +313,5 @@ def _answered(prompt: Prompt, config: Config, tokenizer: Any, step: int) -> Roll
 
 
 if __name__ == "__main__":
-    which, folder_name, model_name, start, stop = sys.argv[1:]
-    main(which, Path(folder_name), Path(model_name), range(int(start), int(stop)))  # type: ignore[arg-type]
+    which, folder_name, model_name, start, stop, one_by_one = sys.argv[1:]
+    main(which, Path(folder_name), Path(model_name), range(int(start), int(stop)), one_by_one == "1")  # type: ignore[arg-type]
