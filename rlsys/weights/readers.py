@@ -1,7 +1,8 @@
 """Readers of recycled segments, kept from one version to the next.
 
-A fresh mapping costs a page fault for every few pages at the first look: as much as copying what it shows, and with
-small models more than all the rest.
+A fresh mapping costs a page fault for every few pages at the first look: on some machines as much again as copying what
+it shows, and with small models more than all the rest. Pages that stay mapped count as the process's memory, though
+they are the segment's.
 """
 
 from __future__ import annotations
@@ -11,10 +12,6 @@ from collections.abc import Sequence
 from rlsys.records import TensorEntry
 from rlsys.weights.pool import NUM_SEGMENTS
 from rlsys.weights.segment import SegmentReader
-
-# Larger segments are mapped anew for every version: there the faults are a small share, and pages that stay mapped
-# would count as the process's memory.
-KEPT_BYTES = 64 << 20
 
 
 class SegmentReaders:
@@ -37,8 +34,7 @@ class SegmentReaders:
         reader = self._kept.pop(segment, None)
         if reader is None or not reader.renew(tensors):
             reader = SegmentReader(segment, tensors)
-        if reader.size_bytes <= KEPT_BYTES:
-            self._kept[segment] = reader
+        self._kept[segment] = reader
         while len(self._kept) > NUM_SEGMENTS:  # those of a mirror that is gone
             del self._kept[next(iter(self._kept))]
         return reader
