@@ -26,11 +26,11 @@ in a run. That is measured on the first half of the list before the runs, and on
 faster and slower in minutes.
 
 A synchronous run pays for the controller on top of its rates, step by step, and an overlapping one beside them: so the
-share may be above 1 though a batch of ``partial`` takes longer than its slower side, as ``slower_to_partial`` tells. The
-gain is largest where both sides need about the same time on a core, but then nothing is left for the controller, the
-rewards and the contexts that are computed again. The sizes are so chosen that the engine needs more. Before the first
-batch there is nothing to train, and during the last one nothing to sample: that alone costs some per cent, the fewer
-the more batches there are.
+share may be above 1 though a batch of ``partial`` takes longer than its slower side, as ``slower_to_partial`` tells.
+The gain is largest where both sides need about the same time on a core, but then nothing is left for the controller,
+the rewards and the contexts that are computed again. The sizes are so chosen that the engine needs more. Before the
+first batch there is nothing to train, and during the last one nothing to sample: that alone costs some per cent, the
+fewer the more batches there are.
 """
 
 from __future__ import annotations
