@@ -29,12 +29,13 @@ HEAD_UP_S, STEP_S, JOIN_S, END_S = 90.0, 150.0, 150.0, 90.0  # deadlines
 PILE_UP_S = 10.0
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}  # nobody else is on this network
 
+# Fewer slots than a batch has rollouts: the engine that is the first to have a new version must leave some to the other.
 CONFIG = """
 run: {{name: two, root: {root}, steps: 8}}
 model: {{path: {model}}}
 data: {{task: {{name: reversed_sum}}, eval_questions: 20}}
 reward: {{path: "{reward}", timeout_s: 250}}
-rollout: {{replicas: auto, max_staleness: 1, group_size: 3, max_tokens: 6, slots: 32, cpus_per_replica: 1}}
+rollout: {{replicas: auto, max_staleness: 1, group_size: 3, max_tokens: 6, slots: 8, cpus_per_replica: 1}}
 train: {{prompts_per_batch: 8, tokens_per_microbatch: 256, lr: 1.0e-3, cpus_per_rank: 1}}
 eval: {{every_steps: 0}}
 observe: {{rollouts_per_step: 8}}
@@ -175,7 +176,8 @@ def test_engines_come_and_go_while_a_run_goes_on_and_nothing_is_lost(tmp_path, m
     assert figures["steps"] == 8 and figures["weights/published"] >= 2 and figures["weights/refused"] == 0
     assert figures["rollout/engines_joined"] == figures["rollout/engines_lost"] == 2
     assert figures["rollouts"] == 8 * 24 and figures["rollouts_retried"] > 0
-    assert {name for name, number in figures.items() if name.startswith("dropped/") and number} <= {"dropped/too_stale"}
+    causes = {name for name, number in figures.items() if name.startswith("dropped/") and number}
+    assert causes <= {"dropped/too_stale", "dropped/stopped"}  # both of age: an engine was dead for a while
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert max(line.get("weights/probe_difference", 0.0) for line in lines) < 1e-4
     assert max(line["staleness/max"] for line in lines) <= 1
