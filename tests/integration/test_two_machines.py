@@ -29,7 +29,7 @@ HEAD_UP_S, STEP_S, JOIN_S, END_S = 90.0, 150.0, 150.0, 90.0  # deadlines
 PILE_UP_S = 10.0
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}  # nobody else is on this network
 
-# Fewer slots than a batch has rollouts: the engine that is the first to have a new version must leave some to the other.
+# Fewer slots than a batch has rollouts: the engine that has a new version first must leave some to the other one.
 CONFIG = """
 run: {{name: two, root: {root}, steps: 8}}
 model: {{path: {model}}}
