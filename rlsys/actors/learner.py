@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from rlsys.errors import CheckpointFailed, Diverged, LearnerFailed
 from rlsys.records import Probe, StepReport, TensorEntry, Version, WeightVersion
 from rlsys.train.checkpoint import Written
 from rlsys.weights.probe import probe_sequences
-from rlsys.weights.tcp import Source
+from rlsys.weights.tcp import Source, free_port
 
 WRITTEN_POLL_S = 0.2  # between two looks at the parts of a checkpoint
 
@@ -44,10 +43,7 @@ class LearnerActor:
 
     def address(self) -> tuple[str, int]:
         """Where the ranks can meet: this node, and a port that is free now. Imports are done by then."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = int(free.getsockname()[1])
-        return ray.util.get_node_ip_address(), port
+        return ray.util.get_node_ip_address(), free_port()
 
     def start(self, world_size: int, master_addr: str, master_port: int, seed: int, checkpoint: str | None) -> None:
         self._learner.start(self._rank, world_size, master_addr, master_port, checkpoint)

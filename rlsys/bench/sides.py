@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +48,7 @@ from rlsys.train.logprobs import token_logprobs
 from rlsys.train.model import load_model
 from rlsys.weights.probe import probe_sequences
 from rlsys.weights.segment import SegmentWriter
+from rlsys.weights.tcp import free_port
 
 Side = Literal["engine", "learner"]
 SIDES: tuple[Side, ...] = get_args(Side)
@@ -269,10 +269,7 @@ def _train_all(config: Config, inputs: Inputs, batches: Sequence[Sequence[Prompt
         objective=objective_of(config),
         seed=config.run.seed,
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    learner.start(0, 1, "127.0.0.1", port)
+    learner.start(0, 1, "127.0.0.1", free_port("127.0.0.1"))
     tokenizer = AutoTokenizer.from_pretrained(inputs.model_path)
     samples = [
         make_batch(config, inputs, 0, [_answered(prompt, config, tokenizer, step) for prompt in prompts], step)

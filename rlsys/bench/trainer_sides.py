@@ -4,7 +4,6 @@ ranks, a bare DeepSpeed loop over the same microbatches, and a plain loop of tra
 from __future__ import annotations
 
 import multiprocessing as mp
-import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from rlsys.train.learner import LearnerRank
 from rlsys.train.logprobs import logprobs_by
 from rlsys.train.model import load_model
 from rlsys.train.objective import Objective
+from rlsys.weights.tcp import free_port
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LR = 1e-6
@@ -59,9 +59,7 @@ class Running:
     def __init__(self, side: Side, model_path: str, sizes: Sizes) -> None:
         context = mp.get_context("spawn")
         self._side, self._pipes, self._processes = side, [], []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = int(free.getsockname()[1])
+        port = free_port("127.0.0.1")
         for rank in range(side.ranks):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, side, rank, port, model_path, sizes), daemon=True)

@@ -80,6 +80,13 @@ class SegmentServer:
         self._server.server_close()
 
 
+def free_port(host: str = "") -> int:
+    """A port of this machine that is free now, at ``host`` or at every address of it."""
+    with socket.socket() as free:
+        free.bind((host, 0))
+        return int(free.getsockname()[1])
+
+
 def mirror(weights: WeightVersion, source: Source, path: Path | str) -> WeightVersion:
     """Copy the bytes of ``weights`` from ``source`` into the segment ``path`` on this machine.
 

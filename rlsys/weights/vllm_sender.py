@@ -6,7 +6,6 @@ engine has a sender and a transfer group of its own, so that engines take over v
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from rlsys.records import TensorEntry, Version, WeightVersion
 from rlsys.weights.readers import SegmentReaders
 from rlsys.weights.segment import SegmentReader
+from rlsys.weights.tcp import free_port
 
 
 def _nccl(host: str, workers: int) -> TrainerInitInfo:
@@ -41,13 +41,6 @@ def _ipc(host: str, workers: int) -> TrainerInitInfo:
 
 # What opens the trainer's side of each backend, given this machine's address and the number of the engine's workers.
 INIT_INFOS: dict[str, Callable[[str, int], TrainerInitInfo]] = {"nccl": _nccl, "ipc": _ipc}
-
-
-def free_port() -> int:
-    """A port of this machine that is free now."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return int(free.getsockname()[1])
 
 
 class SegmentSource(WeightSource):

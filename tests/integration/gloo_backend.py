@@ -31,7 +31,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from rlsys.actors import sender
 from rlsys.actors.rollout import RolloutActor
 from rlsys.weights import vllm_plugin
-from rlsys.weights.vllm_sender import INIT_INFOS, free_port
+from rlsys.weights.tcp import free_port
+from rlsys.weights.vllm_sender import INIT_INFOS
 
 BACKEND = "test_gloo"
 FAULT = Path("/dev/shm/rlsys-test-gloo-fault")  # holds what goes wrong in the next transfer, after its first tensor

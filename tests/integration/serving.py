@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from rlsys.records import Probe, Version, WeightVersion
+from rlsys.records import Probe, Turn, Version, WeightVersion
 from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
 from rlsys.weights.probe import probe_sequences
 from rlsys.weights.segment import SegmentWriter, segment_path
@@ -72,6 +72,12 @@ def logprobs_of(model: Qwen2ForCausalLM, token_ids: list[int], temperature: floa
         logits = model(torch.tensor([token_ids])).logits[0, :-1].float() / temperature
     chosen = torch.log_softmax(logits, -1).gather(-1, torch.tensor(token_ids[1:])[:, None])[:, 0]
     return np.concatenate([[0.0], chosen.numpy()]).astype(np.float32)
+
+
+def difference_of(turn: Turn, step: int, temperature: float = 1.0) -> np.ndarray:
+    """Absolute difference to transformers under the model of ``step``, per token sampled after ``PROMPT``."""
+    reference = logprobs_of(model_of(step), PROMPT + turn.token_ids_T.tolist(), temperature)[len(PROMPT) :]
+    return np.abs(turn.behaviour_logprobs_T - reference)
 
 
 def weights_of(step: int, *, path: Path, previous: int | None) -> WeightVersion:

@@ -15,7 +15,6 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
 
@@ -31,8 +30,7 @@ from rlsys.weights.owner import is_process_alive
 from tests.integration.serving import (
     PROMPT,
     Bench,
-    logprobs_of,
-    model_of,
+    difference_of,
     published,
     running,
     serving_folder,
@@ -114,12 +112,6 @@ def _request(name: str, max_tokens: int = 32) -> GenerateRequest:
     return GenerateRequest(request_id=name, token_ids=PROMPT, max_tokens=max_tokens, temperature=1.0, seed=3)
 
 
-def _difference(turn: Turn, step: int) -> np.ndarray:
-    """Absolute difference to transformers under the model of ``step``, per sampled token."""
-    reference = logprobs_of(model_of(step), PROMPT + turn.token_ids_T.tolist())[len(PROMPT) :]
-    return np.abs(turn.behaviour_logprobs_T - reference)
-
-
 def test_versions_sent_to_a_serving_engine_are_proven_and_every_token_is_that_of_its_stamp(bench):
     versions = {1: bench.weights(1), 2: bench.weights(2, previous=1), 3: bench.weights(3, previous=2)}
 
@@ -138,8 +130,8 @@ def test_versions_sent_to_a_serving_engine_are_proven_and_every_token_is_that_of
     assert list(dict.fromkeys(turn.versions_T)) == [weights.version.code for weights in versions.values()]
     for step, weights in versions.items():
         is_of_it = turn.versions_T == weights.version.code
-        assert _difference(turn, step)[is_of_it].max() < 1e-3
-        assert _difference(turn, step)[~is_of_it].mean() > 0.1  # they are far enough apart to mean something
+        assert difference_of(turn, step)[is_of_it].max() < 1e-3
+        assert difference_of(turn, step)[~is_of_it].mean() > 0.1  # they are far enough apart to mean something
 
 
 def test_a_corrupted_segment_is_refused_before_the_pause_and_the_old_version_is_served_on(bench):
@@ -162,7 +154,7 @@ def test_a_corrupted_segment_is_refused_before_the_pause_and_the_old_version_is_
     with pytest.raises(WeightsRefused, match="cannot be mapped"):
         bench.run(bench.engine.load_weights(replace(weights, segment=str(bench.folder / "gone"))))
     bench.run(bench.engine.load_weights(bench.weights(5)))
-    assert _difference(bench.run(bench.engine.generate(_request("after"))), 5).max() < 1e-3
+    assert difference_of(bench.run(bench.engine.generate(_request("after"))), 5).max() < 1e-3
 
 
 def test_wrong_bytes_that_were_sent_whole_fail_the_proof_and_the_engine_serves_nothing_more(bench):

@@ -30,8 +30,7 @@ from tests.integration.serving import (
     VOCAB,
     Bench,
     WallClock,
-    logprobs_of,
-    model_of,
+    difference_of,
     running,
     serving_folder,
 )
@@ -57,12 +56,6 @@ def _request(name: str, max_tokens: int = 32, *, temperature: float = 1.0, seed:
     return GenerateRequest(request_id=name, token_ids=PROMPT, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
 
-def _difference(turn: Turn, step: int, temperature: float = 1.0) -> np.ndarray:
-    """Absolute difference to transformers under the model of ``step``, per sampled token."""
-    reference = logprobs_of(model_of(step), PROMPT + turn.token_ids_T.tolist(), temperature)[len(PROMPT) :]
-    return np.abs(turn.behaviour_logprobs_T - reference)
-
-
 def test_vllm_engine_obeys_the_contract_and_stamps_every_token_with_what_sampled_it(bench):
     first, second = bench.weights(1), bench.weights(2, previous=1)
     turn = bench.run(
@@ -76,18 +69,18 @@ def test_vllm_engine_obeys_the_contract_and_stamps_every_token_with_what_sampled
         )
     )
     is_first = turn.versions_T == first.version.code
-    assert _difference(turn, 1)[is_first].max() < 1e-3
-    assert _difference(turn, 2)[~is_first].max() < 1e-3
-    assert _difference(turn, 1)[~is_first].mean() > 0.1  # the two are far enough apart for the test to mean something
+    assert difference_of(turn, 1)[is_first].max() < 1e-3
+    assert difference_of(turn, 2)[~is_first].max() < 1e-3
+    assert difference_of(turn, 1)[~is_first].mean() > 0.1  # the two are far enough apart for the test to mean something
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_sampling_distribution(bench, temperature):
     turn = bench.run(bench.engine.generate(_request("exact", 64, temperature=temperature)))
     assert len(turn.token_ids_T) == 64 and turn.stop_reason is StopReason.LENGTH
-    assert _difference(turn, 2, temperature).max() < 1e-4
+    assert difference_of(turn, 2, temperature).max() < 1e-4
     if temperature != 1.0:
-        assert _difference(turn, 2, 1.0).max() > 0.1
+        assert difference_of(turn, 2, 1.0).max() > 0.1
 
 
 def test_an_answer_ends_with_the_end_token_and_says_so(bench):
@@ -123,8 +116,8 @@ def test_a_swap_with_more_context_in_flight_than_fits_into_a_batch_keeps_every_t
     assert min(in_flight_tokens) > 0 and max(in_flight_tokens) < 360
     for turn in turns:
         is_first = turn.versions_T == 1
-        assert _difference(turn, 1)[is_first].max() < 1e-3
-        assert _difference(turn, 2)[~is_first].max() < 1e-3
+        assert difference_of(turn, 1)[is_first].max() < 1e-3
+        assert difference_of(turn, 2)[~is_first].max() < 1e-3
 
 
 def test_a_request_whose_caller_gives_up_leaves_the_engine_and_takes_nobody_along(bench):
@@ -142,7 +135,7 @@ def test_a_request_whose_caller_gives_up_leaves_the_engine_and_takes_nobody_alon
     results, unfinished, kept = bench.run(scenario())
     assert all(isinstance(result, asyncio.CancelledError) for result in results)
     assert unfinished == 1
-    assert len(kept.token_ids_T) == 200 and _difference(kept, 1).max() < 1e-4
+    assert len(kept.token_ids_T) == 200 and difference_of(kept, 1).max() < 1e-4
 
 
 def test_a_prompt_beyond_the_context_is_refused_and_the_engine_goes_on(bench):
@@ -189,7 +182,7 @@ def test_weights_are_exact_whether_packed_beside_the_running_model_or_in_the_pau
     assert [after - one for after, one in zip(bench.ask("num_exchanges"), before, strict=True)] == [2 * is_prepared]
     assert set(turn.versions_T) == {first.version.code, second.version.code}
     for step, weights in ((1, first), (2, second)):
-        assert _difference(turn, step)[turn.versions_T == weights.version.code].max() < 1e-3
+        assert difference_of(turn, step)[turn.versions_T == weights.version.code].max() < 1e-3
 
 
 def test_old_weights_are_given_back(bench):
@@ -214,7 +207,7 @@ def test_a_version_that_cannot_be_prepared_is_refused_and_the_old_one_is_served_
     assert set(bench.run(bench.engine.generate(_request("served", 4))).versions_T) == {served.code}
     bench.run(bench.engine.load_weights(weights))
     turn = bench.run(bench.engine.generate(_request("whole", 32)))
-    assert _difference(turn, 3).max() < 1e-3
+    assert difference_of(turn, 3).max() < 1e-3
 
 
 def test_a_tied_head_that_was_not_packed_again_is_caught_and_the_engine_serves_nothing_more(bench):
