@@ -34,6 +34,7 @@ CONFIG_FILE = "config.yaml"
 POLL_S = 2.0  # between two looks at a job
 REQUEST_TIMEOUT_S = 30.0
 LOST_AFTER_S = 60.0  # without an answer the cluster counts as gone
+NO_AGENT = "No available agent"  # Ray's words where the process of the head that starts jobs has not come up yet
 ORDERLY_END_S = 60  # for a stopped run to end its actors and write its last files, beside the step and the checkpoint
 
 
@@ -151,21 +152,28 @@ def connect(address: str) -> JobApi:
 
 
 def send(api: JobApi, config: Config, *, resume: bool) -> str:
-    """Send one attempt of the run; returns the job's id. Raises RlsysError where the cluster does not take it."""
+    """Send one attempt of the run; returns the job's id. A cluster that is still starting is given ``LOST_AFTER_S``.
+    Raises RlsysError where the cluster does not take it."""
+    job = f"{config.run.name}-{uuid.uuid4().hex[:8]}"
+    deadline_s = time.monotonic() + LOST_AFTER_S
     with tempfile.TemporaryDirectory(prefix="rlsys-job-") as folder:
         (Path(folder) / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
-        try:
-            return api.submit_job(
-                entrypoint=entrypoint(sys.executable, resume=resume),
-                submission_id=f"{config.run.name}-{uuid.uuid4().hex[:8]}",
-                runtime_env={
-                    "working_dir": folder,
-                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s(config))},
-                },
-                metadata={"job_name": config.run.name, "run_folder": str(config.run.root / config.run.name)},
-            )
-        except (OSError, RuntimeError, RayError) as error:
-            raise RlsysError(f"the cluster at {api.get_address()} did not take the job: {error}") from error
+        while True:
+            try:
+                return api.submit_job(
+                    entrypoint=entrypoint(sys.executable, resume=resume),
+                    submission_id=job,  # the same each time: Ray takes an id once
+                    runtime_env={
+                        "working_dir": folder,
+                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s(config))},
+                    },
+                    metadata={"job_name": config.run.name, "run_folder": str(config.run.root / config.run.name)},
+                )
+            except (OSError, RuntimeError, RayError) as error:
+                if NO_AGENT not in str(error) or time.monotonic() > deadline_s:
+                    raise RlsysError(f"the cluster at {api.get_address()} did not take the job: {error}") from error
+                _say(f"the cluster at {api.get_address()} is still starting")
+            time.sleep(POLL_S)
 
 
 def entrypoint(python: str, *, resume: bool) -> str:

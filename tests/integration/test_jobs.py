@@ -30,6 +30,7 @@ train: {{prompts_per_batch: 4}}
 observe: {{tensorboard: false}}
 """
 TOKEN = "0123456789abcdef" * 4
+AGENT_HEALTH = "/api/local_raylet_healthz"  # of the process that starts jobs, the last to come up
 START_TIMEOUT_S, STOP_TIMEOUT_S, RUN_TIMEOUT_S = 90, 40, 300
 
 # joins or starts what the environment names, as a run does, and tells which cluster that is
@@ -70,10 +71,11 @@ def ray_head(**environment: str) -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as root:  # a socket path has 107 bytes
         for attempt in ("1", "2"):
             folder = Path(root) / attempt
-            url = f"http://127.0.0.1:{next(free_ports(1))}"
-            head = start_head(folder, url.rpartition(":")[2], environment)
+            port, agent_port = free_ports(2)
+            url = f"http://127.0.0.1:{port}"
+            head = start_head(folder, port, agent_port, environment)
             try:
-                if has_started(head, folder, url):
+                if has_started(head, folder, f"{url}/api/version", f"http://127.0.0.1:{agent_port}{AGENT_HEALTH}"):
                     gcs = (folder / "ray_current_cluster").read_text().strip()
                     yield Cluster(url=url, gcs=gcs)
                     return
@@ -82,21 +84,22 @@ def ray_head(**environment: str) -> Iterator[Cluster]:
         raise AssertionError((Path(root) / "2.log").read_text())
 
 
-def start_head(folder: Path, dashboard_port: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    names = ["port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port"]
+def start_head(folder: Path, port: int, agent_port: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    names = ["port", "dashboard-agent-grpc-port", "runtime-env-agent-port"]
     names += ["ray-client-server-port", "metrics-export-port"]
     options = [f"--{name}={port}" for name, port in zip(names, free_ports(len(names)), strict=True)]
-    options += [f"--dashboard-port={dashboard_port}", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
+    options += [f"--dashboard-port={port}", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
+    options += [f"--dashboard-agent-listen-port={agent_port}"]
     options += ["--min-worker-port=0", "--max-worker-port=0", "--num-cpus=4", "--object-store-memory=200000000"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *options]
     with folder.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def has_started(head: subprocess.Popen[bytes], folder: Path, url: str) -> bool:
+def has_started(head: subprocess.Popen[bytes], folder: Path, *urls: str) -> bool:
     deadline = time.monotonic() + START_TIMEOUT_S
     while head.poll() is None and time.monotonic() < deadline:
-        if (folder / "ray_current_cluster").is_file() and answers(url):
+        if (folder / "ray_current_cluster").is_file() and all(map(answers, urls)):
             return True
         time.sleep(0.5)
     return False
@@ -104,7 +107,7 @@ def has_started(head: subprocess.Popen[bytes], folder: Path, url: str) -> bool:
 
 def answers(url: str) -> bool:
     try:
-        urllib.request.urlopen(f"{url}/api/version", timeout=10).close()
+        urllib.request.urlopen(url, timeout=10).close()
     except urllib.error.HTTPError as error:
         return error.code == 401  # it wants a token
     except OSError:

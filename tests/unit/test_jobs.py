@@ -256,6 +256,37 @@ def test_no_retry_is_left_or_wanted(monkeypatch, config, end, expected):
     assert len(api.sent) == (2 if expected == 1 else 1)
 
 
+class Starting(ScriptedApi):
+    """A cluster whose agent answers at the third question, or never."""
+
+    def __init__(self, *ends: tuple[JobStatus, int | None], ready_after: int | None = 3):
+        super().__init__(*ends)
+        self.ready_after, self.asked = ready_after, []
+
+    def submit_job(self, **request) -> str:
+        self.asked.append(request["submission_id"])
+        if self.ready_after is None or len(self.asked) < self.ready_after:
+            raise RuntimeError(
+                "Request failed with status code 500: No available agent to submit job, please try again"
+            )
+        return super().submit_job(**request)
+
+
+def test_a_cluster_that_is_still_starting_is_asked_again_for_the_same_job(monkeypatch, config, capsys):
+    monkeypatch.setattr(jobs, "LOST_AFTER_S", 30.0)
+    api = Starting((JobStatus.SUCCEEDED, 0))
+    assert submit(monkeypatch, api, config) == 0
+    assert len(api.sent) == 1 and len(api.asked) == 3 and len(set(api.asked)) == 1
+    assert capsys.readouterr().out.count("still starting") == 2
+
+
+def test_a_cluster_that_never_comes_up_is_given_up_with_its_words(monkeypatch, config):
+    api = Starting(ready_after=None)
+    with pytest.raises(RlsysError, match=r"did not take the job: .*No available agent"):
+        submit(monkeypatch, api, config)
+    assert len(api.asked) > 1 and api.sent == []
+
+
 def test_retries_without_waiting_are_refused_before_anything_is_sent(monkeypatch, config):
     api = ScriptedApi()
     with pytest.raises(ConfigError, match="--no-wait"):
