@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -328,8 +328,7 @@ class StepReport:
     metrics: Mapping[str, float]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """One tensor of a weight version: where its bytes lie in the segment, and what they must hash to.
 
     Attributes:

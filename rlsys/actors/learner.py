@@ -204,5 +204,5 @@ class RayLearner:
         return answers
 
 
-def _write_nothing(name: str, tensor: Any) -> None:
+def _write_nothing(bucket: Any) -> None:
     """Ranks above 0 take part in the gathering only."""

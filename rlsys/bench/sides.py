@@ -244,8 +244,7 @@ def _weights(model_path: str, segment: Path) -> WeightVersion:
     """The model's own weights, as a version that the engine proves."""
     model = load_model(model_path)
     writer = SegmentWriter(segment, torch.float32)
-    for name, parameter in model.named_parameters():  # a tied head is no parameter of its own
-        writer.write(name, parameter)
+    writer.write(dict(model.named_parameters()))  # a tied head is no parameter of its own
     sequences = probe_sequences(model.config.vocab_size, seed=0)
     tokens = torch.from_numpy(np.stack(sequences)).long()
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)

@@ -27,7 +27,7 @@ from rlsys.models.folder import write_folder
 from rlsys.models.tiny.model import make_random_model, make_tokenizer
 from rlsys.records import Probe, TensorEntry, Version, WeightVersion
 from rlsys.rollout.vllm_settings import engine_environment
-from rlsys.train.export import full_weights
+from rlsys.train.export import FullWeights
 from rlsys.weights.readers import SegmentReaders
 from rlsys.weights.segment import SegmentWriter, remove_segments, segment_path
 from rlsys.weights.tcp import SegmentServer, mirror
@@ -62,7 +62,7 @@ def measure() -> Report:
 
 def transport(model: PreTrainedModel, repeats: int = REPEATS) -> dict[str, float]:
     """Seconds of each part on the way, and of all parts together over those of one memory copy."""
-    weights = dict(full_weights(model, deepspeed=torch, zero_stage=0))  # no library is asked below stage 3
+    (weights,) = FullWeights(model, deepspeed=torch, zero_stage=0)  # no library is asked below stage 3
     targets = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
 
     def copy() -> None:
@@ -83,19 +83,19 @@ def transport(model: PreTrainedModel, repeats: int = REPEATS) -> dict[str, float
 def _segment_seconds(
     model: PreTrainedModel, path: Path, dtype: torch.dtype, targets: Mapping[str, torch.Tensor], repeats: int
 ) -> dict[str, float]:
-    writer = SegmentWriter(path, dtype)
+    writer, weights = SegmentWriter(path, dtype), FullWeights(model, deepspeed=torch, zero_stage=0)
 
     def export() -> tuple[TensorEntry, ...]:
-        for name, tensor in full_weights(model, deepspeed=torch, zero_stage=0):
-            writer.write(name, tensor)
+        for bucket in weights:
+            writer.write(bucket)
         return writer.finish()
 
     entries = export()
     driver, worker = SegmentReaders(), SegmentReaders()  # processes of their own, as it were
 
     def copy_out() -> None:
-        for name, tensor in worker.open(str(path), entries).tensors():
-            targets[name].copy_(tensor)
+        views = dict(worker.open(str(path), entries).tensors())
+        torch._foreach_copy_([targets[name] for name in views], [*views.values()])
 
     return {
         "export_s": fastest_s(export, repeats),
@@ -108,8 +108,8 @@ def _tcp_seconds(model: PreTrainedModel, repeats: int) -> float:
     """Of bringing the version into a segment of another machine, were this one it: both ends are here."""
     path, there = segment_path(RUN, "shm"), segment_path(RUN, "mirror")
     writer = SegmentWriter(path, torch.float32)
-    for name, tensor in full_weights(model, deepspeed=torch, zero_stage=0):
-        writer.write(name, tensor)
+    for bucket in FullWeights(model, deepspeed=torch, zero_stage=0):
+        writer.write(bucket)
     weights = WeightVersion(
         version=Version(incarnation=0, step=0),
         segment=str(path),

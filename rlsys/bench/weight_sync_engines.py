@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rlsys.records import LoadReport, Probe, Version, WeightVersion
 from rlsys.rollout.engine import GenerateRequest
 from rlsys.rollout.vllm_settings import VllmSettings
-from rlsys.train.export import full_weights
+from rlsys.train.export import FullWeights
 from rlsys.weights.probe import probe_sequences
 from rlsys.weights.segment import SegmentWriter, segment_path
 from rlsys.weights.tcp import SegmentServer, mirror
@@ -175,8 +175,8 @@ def _versions(model: PreTrainedModel, run: str) -> list[WeightVersion]:
     for number in range(2):
         path = segment_path(run, f"version-{number}")
         writer = SegmentWriter(path, torch.float32)
-        for name, tensor in full_weights(model, deepspeed=torch, zero_stage=0):
-            writer.write(name, tensor)
+        for bucket in FullWeights(model, deepspeed=torch, zero_stage=0):
+            writer.write(bucket)
         versions.append(
             WeightVersion(
                 version=Version(incarnation=0, step=number),

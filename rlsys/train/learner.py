@@ -264,17 +264,21 @@ class LearnerRank:
             self._reference.become(self._policy.module)
         return weights
 
-    def export(self, write: Callable[[str, Tensor], None], *, adapters_only: bool = False) -> None:
-        """Hand every full weight, or those of the adapters alone, to ``write(name, tensor)``, on rank 0 only. A tensor
-        is valid during the call."""
-        for name, tensor in self._policy.adapter_weights() if adapters_only else self._policy.weights():
+    def export(self, write: Callable[[Mapping[str, Tensor]], None], *, adapters_only: bool = False) -> None:
+        """Hand every full weight, or those of the adapters alone, to ``write``, bucket by bucket, on rank 0 only. The
+        tensors are valid during the call."""
+        for bucket in self._policy.adapter_weights() if adapters_only else self._policy.weights:
             if self._rank == 0:
-                write(name, tensor)
+                write(bucket)
 
     def save_hf(self, folder: str) -> None:
         """Write the model as a plain Hugging Face folder (rank 0 writes, every rank takes part)."""
         weights: dict[str, Tensor] = {}
-        self.export(lambda name, tensor: weights.update({name: tensor.detach().to("cpu", copy=True)}))
+        self.export(
+            lambda bucket: weights.update(
+                {name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket.items()}
+            )
+        )
         if self._rank == 0:
             save_model(base_of(self._policy.module), weights, self._model_path, folder)
 

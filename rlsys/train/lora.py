@@ -96,19 +96,21 @@ def ranks_of_layers(model: Any) -> dict[str, int]:
     return {name: layer.r[_NAME] for name, layer in base_of(model).named_modules() if is_adapted(layer)}
 
 
-def adapter_weights(model: Any, *, deepspeed: ModuleType, zero_stage: int) -> Iterator[tuple[str, Tensor]]:
+def adapter_weights(model: Any, *, deepspeed: ModuleType, zero_stage: int) -> Iterator[Mapping[str, Tensor]]:
     """The two matrices of every adapted layer, named as in peft's files: ``lora_A`` [R, I], and ``lora_B`` [O, R] times
     the layer's scaling, so that their product is what is added to the layer's weight.
 
-    A collective under ZeRO-3: every rank runs it to its end. A tensor is valid until the next one is asked for.
+    A collective under ZeRO-3: every rank runs it to its end. A layer's are valid until the next one is asked for.
     """
     for name, layer in base_of(model).named_modules():
         if not is_adapted(layer):
             continue
         down, up = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
         with deepspeed.zero.GatheredParameters([down, up]) if zero_stage == 3 else nullcontext():
-            yield f"{_PREFIX}.{name}.lora_A.weight", down.data
-            yield f"{_PREFIX}.{name}.lora_B.weight", up.data * layer.scaling[_NAME]
+            yield {
+                f"{_PREFIX}.{name}.lora_A.weight": down.data,
+                f"{_PREFIX}.{name}.lora_B.weight": up.data * layer.scaling[_NAME],
+            }
 
 
 def save_adapter(model: Any, folder: str, *, deepspeed: ModuleType, zero_stage: int, rank: int) -> None:

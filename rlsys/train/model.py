@@ -115,7 +115,7 @@ def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: st
 
     Args:
         model: names and groups the weights; its own parameters are not read.
-        weights: full tensors by their names in files (``full_weights``), the second name of a tied pair left out.
+        weights: full tensors by their names in files (``FullWeights``), the second name of a tied pair left out.
         source: the folder that the model was loaded from.
         folder: is made where it does not exist.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ from rlsys.train import parallel
 from rlsys.train.checkpoint import Layout, load_state, take_state
 from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.expert_parallel import is_expert_parallel, is_part_of_experts
-from rlsys.train.export import full_weights
+from rlsys.train.export import FullWeights
 from rlsys.train.frozen import leave_out_frozen
 from rlsys.train.lora import adapter_weights, save_adapter
 from rlsys.train.schedule import LearningRate
@@ -194,16 +195,17 @@ class Trained:
         if parallel.on_any_rank(not is_finite, self._device):
             raise Diverged(quantity, version.step + 1, str(version))
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See ``full_weights``."""
-        return full_weights(
+    @cached_property
+    def weights(self) -> FullWeights:
+        """See ``FullWeights``."""
+        return FullWeights(
             self.module,
             deepspeed=self._deepspeed,
             zero_stage=self._layout.zero_stage,
             tensor_parallel=self._layout.tensor_parallel,
         )
 
-    def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def adapter_weights(self) -> Iterator[Mapping[str, Tensor]]:
         """See ``rlsys.train.lora.adapter_weights``."""
         return adapter_weights(self.module, deepspeed=self._deepspeed, zero_stage=self._layout.zero_stage)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-from operator import attrgetter
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register
 GROWTH_BYTES = 4 << 20  # a file grows by whole multiples of this
 _PREFIX = "rlsys"
 _SEPARATOR = "@"  # occurs in no run name
-_PLACE = attrgetter("name", "shape", "dtype", "offset", "num_bytes")
+_PLACE = itemgetter(slice(TensorEntry._fields.index("checksum")))  # of an entry, all before its checksum
 # Of /proc/self/pagemap, as Linux documents it (admin-guide/mm/pagemap): one entry of 64 bits for each page.
 _PAGE_ENTRY_BYTES = 8
 _IN_MEMORY_OR_SWAP, _OF_A_FILE = np.uint64(0b11 << 62), np.uint64(1 << 61)
@@ -73,15 +74,15 @@ class _Place:
     """Where a tensor goes in a segment.
 
     Attributes:
+        of: name, dtype and shape of the tensor before it is cast.
+        facts: what its entry says before the checksum.
+        end: where its bytes end in the segment.
         target, buffer: the same bytes of the segment, to copy into and to compute the checksum of.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    source_dtype: torch.dtype
-    dtype: str
-    offset: int
-    num_bytes: int
+    of: tuple[str, torch.dtype, torch.Size]
+    facts: tuple[str, tuple[int, ...], str, int, int]
+    end: int
     target: torch.Tensor
     buffer: memoryview
 
@@ -103,20 +104,17 @@ class SegmentWriter:
         self._places: list[_Place] = []  # versions are alike: found once, kept for the next one
         self._entries: list[TensorEntry] = []
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append one tensor (any device, any strides). Raises OSError where the memory file system is full."""
-        place = self._place(name, tensor)
-        place.target.copy_(tensor.detach() if tensor.requires_grad else tensor)
-        self._entries.append(
-            TensorEntry(
-                name=name,
-                shape=place.shape,
-                dtype=place.dtype,
-                offset=place.offset,
-                num_bytes=place.num_bytes,
-                checksum=xxhash.xxh3_64_intdigest(place.buffer),
-            )
-        )
+    def write(self, bucket: Mapping[str, torch.Tensor]) -> None:
+        """Append tensors by their names (any device, any strides). Raises OSError where the memory file system is
+        full."""
+        if not bucket:
+            return
+        first = len(self._entries)
+        places = [self._place(index, name, bucket[name]) for index, name in enumerate(bucket, start=first)]
+        with torch.no_grad():
+            torch._foreach_copy_([place.target for place in places], [*bucket.values()])
+        digest = xxhash.xxh3_64_intdigest
+        self._entries += [TensorEntry(*place.facts, digest(place.buffer)) for place in places]
 
     def finish(self) -> tuple[TensorEntry, ...]:
         """End this version; returns its manifest, in the order of writing. The next ``write`` begins the next one."""
@@ -125,26 +123,22 @@ class SegmentWriter:
             self._places, self._has_grown = [], False
         return entries
 
-    def _place(self, name: str, tensor: torch.Tensor) -> _Place:
-        """Where the next tensor goes: as in the version before, unless that had another tensor here."""
-        index = len(self._entries)
+    def _place(self, index: int, name: str, tensor: torch.Tensor) -> _Place:
+        """Where a version's tensor of this index goes: as in the version before, unless that had another one here."""
+        of = (name, tensor.dtype, tensor.shape)
         if index < len(self._places):
-            place = self._places[index]
-            if (place.name, place.source_dtype) == (name, tensor.dtype) and place.shape == tensor.shape:
-                return place
+            if self._places[index].of == of:
+                return self._places[index]
             del self._places[index:]
-        end = self._places[-1].offset + self._places[-1].num_bytes if self._places else 0
+        end = self._places[-1].end if self._places else 0
         offset = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
         num_bytes = tensor.numel() * dtype.itemsize
         mapped = self._map_up_to(offset + num_bytes)
         place = _Place(
-            name=name,
-            shape=tuple(tensor.shape),
-            source_dtype=tensor.dtype,
-            dtype=str(dtype).removeprefix("torch."),
-            offset=offset,
-            num_bytes=num_bytes,
+            of=of,
+            facts=(name, tuple(tensor.shape), str(dtype).removeprefix("torch."), offset, num_bytes),
+            end=offset + num_bytes,
             target=torch.frombuffer(mapped, dtype=dtype, count=tensor.numel(), offset=offset).view(tensor.shape),
             buffer=memoryview(mapped)[offset : offset + num_bytes],
         )
@@ -234,17 +228,23 @@ class SegmentReader:
         flat = torch.frombuffer(self._map, dtype=dtype, count=prod(entry.shape), offset=entry.offset)
         return flat.view(entry.shape)
 
+    @cached_property
+    def _pages(self) -> tuple[int, int]:
+        """The first page of the mapping, and how many hold the version."""
+        first_byte = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
+        end = max(entry.offset + entry.num_bytes for entry in self._tensors)
+        return first_byte // mmap.PAGESIZE, -(-end // mmap.PAGESIZE)
+
     def _has_own_pages(self) -> bool:
         """Whether somebody wrote into a view: the mapping then has pages of its own, which no longer show the file.
         True also where the system does not tell."""
-        first_page = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr() // mmap.PAGESIZE
-        num_pages = -(-len(self._map) // mmap.PAGESIZE)
+        first_page, num_pages = self._pages
         try:
             with open("/proc/self/pagemap", "rb", buffering=0) as file:
-                file.seek(first_page * _PAGE_ENTRY_BYTES)
-                pages = np.frombuffer(file.read(num_pages * _PAGE_ENTRY_BYTES), dtype=np.uint64)
+                found = os.pread(file.fileno(), num_pages * _PAGE_ENTRY_BYTES, first_page * _PAGE_ENTRY_BYTES)
         except OSError:
             return True
+        pages = np.frombuffer(found, dtype=np.uint64)
         is_own = (pages & _OF_A_FILE == 0) & (pages & _IN_MEMORY_OR_SWAP != 0)
         return len(pages) != num_pages or bool(is_own.any())
 

@@ -88,8 +88,7 @@ def weights_of(step: int, *, path: Path, previous: int | None) -> WeightVersion:
         return Probe(token_ids=tokens, logprobs=tuple(logprobs_of(of, sequence.tolist()) for sequence in tokens))
 
     writer = SegmentWriter(path, torch.float32)
-    for name, parameter in model.named_parameters():  # a tied head is no parameter of its own
-        writer.write(name, parameter)
+    writer.write(dict(model.named_parameters()))  # a tied head is no parameter of its own
     return WeightVersion(
         version=Version(incarnation=0, step=step),
         segment=str(path),

@@ -48,7 +48,7 @@ def published(learner: LearnerRank, step: int, folder: Path, previous: Probe | N
     path = folder / f"adapter-{step}"
     writer, merged = SegmentWriter(path, torch.float32), dict[str, torch.Tensor]()
     learner.export(writer.write, adapters_only=True)
-    learner.export(lambda name, tensor: merged.update({name: tensor.clone()}))
+    learner.export(lambda bucket: merged.update({name: tensor.clone() for name, tensor in bucket.items()}))
     token_ids = probe_sequences(VOCAB, seed=1)
     probe = Probe(token_ids=token_ids, logprobs=tuple(learner.probe_logprobs(token_ids)))
     weights = WeightVersion(
@@ -207,11 +207,11 @@ def test_a_cached_prefix_is_never_of_another_adapter(bench, versions):
 def test_an_adapter_that_the_engine_cannot_serve_is_refused_and_the_old_one_is_served_on(bench, versions, tmp_path):
     served, weights = bench.engine.version, versions[2].weights
     entry, *others = weights.tensors
-    alien = replace(entry, name=entry.name.replace("q_proj", "embed_tokens"))
+    alien = entry._replace(name=entry.name.replace("q_proj", "embed_tokens"))
     with pytest.raises(WeightsRefused, match=r"no layer for the adapter at model\.layers\.0\.self_attn\.embed_tokens"):
         bench.run(bench.engine.load_weights(replace(weights, tensors=(alien, *others))))
     writer = SegmentWriter(tmp_path / "large", torch.float32)
-    writer.write(entry.name, torch.zeros(9, 64))
+    writer.write({entry.name: torch.zeros(9, 64)})
     with pytest.raises(WeightsRefused, match="rank 9, the engine was started with room for 8"):
         bench.run(bench.engine.load_weights(replace(weights, segment=str(tmp_path / "large"), tensors=writer.finish())))
     assert bench.engine.version == served

@@ -24,7 +24,7 @@ from rlsys.controller.roster import Roster
 from rlsys.records import Draw, Prompt, RolloutGroup, Version, WeightVersion
 from rlsys.rollout.play import PlaySpec
 from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
-from rlsys.train.export import full_weights
+from rlsys.train.export import FullWeights
 from rlsys.weights.channel import SharedMemory
 from rlsys.weights.segment import SegmentWriter, remove_segments, segment_path
 
@@ -39,8 +39,8 @@ PROMPT = Prompt(draw=Draw(source="moved", index=0, epoch=0), content="12+34=")
 def published(model: Any) -> Iterator[WeightVersion]:
     path = segment_path(RUN, "0")
     writer = SegmentWriter(path, torch.float32)
-    for name, tensor in full_weights(model, deepspeed=torch, zero_stage=0):
-        writer.write(name, tensor)
+    for bucket in FullWeights(model, deepspeed=torch, zero_stage=0):
+        writer.write(bucket)
     version = Version(incarnation=0, step=3)
     tensors = writer.finish()
     try:

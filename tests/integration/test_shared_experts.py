@@ -70,8 +70,7 @@ def plain_logprobs(folder: Path, token_ids: np.ndarray) -> np.ndarray:
 def written(step: int, weights: dict[str, np.ndarray], probe: Probe, previous: Probe | None) -> WeightVersion:
     path = segment_path("shared-experts", str(step))
     writer = SegmentWriter(path, torch.float32)
-    for name, array in weights.items():
-        writer.write(name, torch.from_numpy(array))
+    writer.write({name: torch.from_numpy(array) for name, array in weights.items()})
     return WeightVersion(
         version=Version(incarnation=0, step=step),
         segment=str(path),

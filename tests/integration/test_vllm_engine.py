@@ -202,7 +202,7 @@ def test_a_version_that_cannot_be_prepared_is_refused_and_the_old_one_is_served_
     weights = bench.weights(3)
     entry, *others = weights.tensors
     with pytest.raises(WeightsRefused, match="rollout-0, version 0.3"):
-        bench.run(bench.engine.load_weights(replace(weights, tensors=(replace(entry, name="alien"), *others))))
+        bench.run(bench.engine.load_weights(replace(weights, tensors=(entry._replace(name="alien"), *others))))
     assert bench.engine.version == served
     assert set(bench.run(bench.engine.generate(_request("served", 4))).versions_T) == {served.code}
     bench.run(bench.engine.load_weights(weights))

@@ -6,7 +6,7 @@ import multiprocessing as mp
 import os
 import socket
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,6 +78,11 @@ def make_groups(version: Version) -> list[RolloutGroup]:
     return groups
 
 
+def take_copies(weights: dict[str, np.ndarray], bucket: Mapping[str, torch.Tensor]) -> None:
+    """What ``LearnerRank.export`` may write to."""
+    weights.update({name: tensor.float().numpy().copy() for name, tensor in bucket.items()})
+
+
 def is_time(name: str) -> bool:
     """Whether a metric is of the machine's time, and so another one on every rank and in every run."""
     return name.startswith("timing_s/") or name == "perf/mfu"
@@ -144,12 +149,12 @@ def train_rank(
     try:
         learner.start(rank, world_size, "127.0.0.1", port)
         assert learner.vocab_size >= VOCABULARY
-        learner.export(lambda name, tensor: before.update({name: tensor.float().numpy().copy()}))
+        learner.export(partial(take_copies, before))
         try:
             metrics.extend(learner.step(batch) for batch in batches)
         except Diverged as error:
             diverged = str(error)
-        learner.export(lambda name, tensor: after.update({name: tensor.float().numpy().copy()}))
+        learner.export(partial(take_copies, after))
         logprobs = learner.probe_logprobs(probe) if probe else []
         if save_to:
             learner.save_hf(save_to)

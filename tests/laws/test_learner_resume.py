@@ -36,7 +36,7 @@ from rlsys.train.learner import LearnerRank
 from rlsys.train.objective import Divergence, Objective
 from rlsys.train.resume import check_layout
 from tests.laws.layouts import make_folder
-from tests.laws.learner_ranks import DEADLINE_S, TEMPERATURE, is_time, make_groups, make_model, section
+from tests.laws.learner_ranks import DEADLINE_S, TEMPERATURE, is_time, make_groups, make_model, section, take_copies
 
 pytestmark = pytest.mark.engines
 
@@ -102,7 +102,7 @@ def live(
         if save_after >= 0:
             written = learner.checkpoint_written(DEADLINE_S)
             assert written is not None and written.failure == ""
-        learner.export(lambda name, tensor: weights.update({name: tensor.float().numpy().copy()}))
+        learner.export(partial(take_copies, weights))
     finally:
         learner.stop()
     return Life(

@@ -261,7 +261,8 @@ class Starting(ScriptedApi):
 
     def __init__(self, *ends: tuple[JobStatus, int | None], ready_after: int | None = 3):
         super().__init__(*ends)
-        self.ready_after, self.asked = ready_after, []
+        self.ready_after = ready_after
+        self.asked: list[str] = []
 
     def submit_job(self, **request) -> str:
         self.asked.append(request["submission_id"])

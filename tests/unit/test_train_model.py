@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlsys.errors import ConfigError
-from rlsys.train.export import full_weights
+from rlsys.train.export import FullWeights
 from rlsys.train.model import load_model
 
 SIZES = {
@@ -83,7 +83,12 @@ def test_weights_leave_the_learner_under_the_names_and_shapes_of_the_models_file
     path = saved(tmp_path, model_type)
     with safe_open(Path(path) / "model.safetensors", "pt") as file:
         wanted = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    got = dict(full_weights(load_model(path), deepspeed=ModuleType("unused below stage 3"), zero_stage=0))
+    unused = ModuleType("unused below stage 3")
+    got = {
+        name: tensor
+        for bucket in FullWeights(load_model(path), deepspeed=unused, zero_stage=0)
+        for name, tensor in bucket.items()
+    }
     assert got.keys() == wanted.keys()
     for name, tensor in got.items():
         assert torch.equal(tensor, wanted[name].float()), name

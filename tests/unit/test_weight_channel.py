@@ -53,7 +53,7 @@ class Learner:
     def publish(self, step: int) -> WeightVersion:
         segment = self._pool.acquire()
         assert segment is not None, "both segments are being read"
-        self._writers[segment].write("weight", torch.full((NUM_VALUES,), float(step)))
+        self._writers[segment].write({"weight": torch.full((NUM_VALUES,), float(step))})
         tensors = self._writers[segment].finish()
         self._pool.publish(segment)
         probe = Probe(token_ids=(), logprobs=())

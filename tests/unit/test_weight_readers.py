@@ -17,8 +17,7 @@ from rlsys.weights.segment import SegmentWriter
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[TensorEntry, ...]:
     writer = SegmentWriter(path, torch.float32)
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
+    writer.write(tensors)
     return writer.finish()
 
 
@@ -81,7 +80,7 @@ def test_a_kept_reader_reads_every_version_as_a_new_one_would(tmp_path_factory, 
     for number, (shapes, writes) in enumerate(versions):
         writer = SegmentWriter(path, torch.float32)
         for name, size in shapes:
-            writer.write(name, torch.arange(size) + float(number))
+            writer.write({name: torch.arange(size) + float(number)})
         reader = kept.open(str(path), writer.finish())
         reader.verify()
         views = [view for _, view in reader.tensors()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +26,7 @@ HOST = "127.0.0.1"
 def weights_in(path: Path, sizes: list[int], seed: int = 0) -> WeightVersion:
     generator = torch.Generator().manual_seed(seed)
     writer = SegmentWriter(path, torch.float32)
-    for number, size in enumerate(sizes):
-        writer.write(f"tensor{number}", torch.randn(size, generator=generator))
+    writer.write({f"tensor{number}": torch.randn(size, generator=generator) for number, size in enumerate(sizes)})
     return WeightVersion(
         version=Version(incarnation=0, step=3),
         segment=str(path),
@@ -90,6 +90,8 @@ class BreakingRelay:
             threading.Thread(target=_pass_on, args=(client, upstream), daemon=True).start()
             _pass_on(upstream, client, limit)
             for side in (client, upstream):
+                with suppress(OSError):
+                    side.shutdown(socket.SHUT_RDWR)  # the other thread still reads: closing alone would end nothing
                 side.close()
 
     def close(self) -> None:
@@ -137,7 +139,7 @@ def test_other_files_and_ranges_beyond_the_segment_are_refused(tmp_path, server)
     (tmp_path / "secret").write_bytes(b"x" * 5000)
     with pytest.raises(WeightsRefused):
         mirror(replace(weights, segment=str(tmp_path / "secret")), server.source, tmp_path / "mirror")
-    beyond = replace(weights.tensors[0], num_bytes=1 << 40)
+    beyond = weights.tensors[0]._replace(num_bytes=1 << 40)
     for line in (b"no json\n", b"{}\n", b'{"token": 1}\n'):
         with socket.create_connection((HOST, server.source.port), 5) as connection:
             connection.sendall(line)
