@@ -19,10 +19,10 @@ endif
 
 # whole runs, which wait much of their time, and beside them, one after the other, all that yields the core to them
 test-engines:
-	MAKEFLAGS= .venv/bin/python -m pytest -m engines --ignore=tests/laws
+	MAKEFLAGS= .venv/bin/python -m pytest -m engines tests/integration
 
 test-learners: test-pure
-	MAKEFLAGS= nice -n 5 .venv/bin/python -m pytest -m engines tests/laws
+	MAKEFLAGS= nice -n 5 .venv/bin/python -m pytest -m engines --ignore=tests/integration
 
 test-pure:
 	MAKEFLAGS= nice -n 5 .venv/bin/python -m pytest -m "not engines"

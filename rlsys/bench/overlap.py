@@ -22,7 +22,7 @@ where the sides were measured without anything between them. On both cores each 
 one thread or with two, whichever is faster, and the engine is given a batch when the one before has ended: what a
 synchronous run does. On a core each they work at once, as they do when they overlap: cores share caches and the way to
 the memory, and on some machines two busy ones are a quarter slower than one; the engine has as many rollouts in hand as
-in a run. That is measured on the first half of the list before the runs, and on the second one after them: machines get
+in a run. All is measured on the first half of the list before the runs, and on the second one after them: machines get
 faster and slower in minutes.
 
 A synchronous run pays for the controller on top of its rates, step by step, and an overlapping one beside them: so the
@@ -36,7 +36,7 @@ fewer the more batches there are.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,22 +71,22 @@ class Rates:
 
     Attributes:
         one_core_s: on a core, while the other side works on the other one.
-        one_thread_s, two_threads_s: alone on both cores, batch by batch.
+        two_cores_s: alone on both cores, batch by batch, with ``threads``.
+        threads: those of a synchronous run. Small models are often slower with two; overlapping is not to be compared
+            with a baseline that was slowed down.
     """
 
     one_core_s: float
-    one_thread_s: float
-    two_threads_s: float
+    two_cores_s: float
+    threads: int
 
-    @property
-    def threads(self) -> int:
-        """Those of a synchronous run. Small models are often slower with two; overlapping is not to be compared with a
-        baseline that was slowed down."""
-        return 2 if self.two_threads_s < self.one_thread_s else 1
-
-    @property
-    def two_cores_s(self) -> float:
-        return min(self.one_thread_s, self.two_threads_s)
+    def mean(self, other: Rates) -> Rates:
+        """Of two measurements with as many threads."""
+        return replace(
+            self,
+            one_core_s=(self.one_core_s + other.one_core_s) / 2,
+            two_cores_s=(self.two_cores_s + other.two_cores_s) / 2,
+        )
 
 
 def measure(sizes: Sizes = SIZES) -> Report:
@@ -101,17 +101,16 @@ def measure(sizes: Sizes = SIZES) -> Report:
         root, model_path = Path(name), Path(name) / "model"
         make_model(model_path, sizes)
         half = sizes.steps // 2  # of an even number
-        before = _rates(sizes, range(half), root / "before", model_path)
-        threads = {f"{side}_threads": found.threads for side, found in before.items()}
+        before = _rates(sizes, range(half), root / "before", model_path, threads=dict.fromkeys(SIDES, (1, 2)))
+        faster = {side: found.threads for side, found in before.items()}
+        threads = {f"{side}_threads": number for side, number in faster.items()}
         modes = {}
         for mode in MODES:
             config = config_of(mode, sizes, root, **(threads if mode == SYNCHRONOUS else {}))
             modes[mode] = run_mode(config, inputs_of(config, model_path))
-        after = _seconds(AT_ONCE, sizes, range(half, sizes.steps), root / "after", model_path)
-    rates = {
-        side: replace(found, one_core_s=(found.one_core_s + after[side]) / 2)  # of as many batches
-        for side, found in before.items()
-    }
+        only = {side: (number,) for side, number in faster.items()}
+        after = _rates(sizes, range(half, sizes.steps), root / "after", model_path, threads=only)
+    rates = {side: found.mean(after[side]) for side, found in before.items()}  # of as many batches
     figures = figures_of(modes, **rates)
     figures |= {f"{SYNCHRONOUS}/{name}": float(number) for name, number in threads.items()}
     return Report(figures=figures, table=_table(sizes, modes, rates, figures))
@@ -151,17 +150,21 @@ def figures_of(modes: Mapping[str, ModeFigures], *, engine: Rates, learner: Rate
     }
 
 
-def _rates(sizes: Sizes, part: range, folder: Path, model_path: Path) -> dict[Side, Rates]:
+def _rates(
+    sizes: Sizes, part: range, folder: Path, model_path: Path, *, threads: Mapping[Side, Sequence[int]]
+) -> dict[Side, Rates]:
+    """On both cores with whichever number of those threads is the fastest."""
     at_once = _seconds(AT_ONCE, sizes, part, folder, model_path)
 
-    def alone(side: Side, threads: int) -> float:
-        sides = {side: Cores(which=BOTH, threads=threads, by_batch=True)}
-        return _seconds(sides, sizes, part, folder.with_name(f"{side}-{threads}"), model_path)[side]
+    def alone(side: Side, number: int) -> float:
+        sides = {side: Cores(which=BOTH, threads=number, by_batch=True)}
+        return _seconds(sides, sizes, part, folder.with_name(f"{folder.name}-{side}-{number}"), model_path)[side]
 
-    return {
-        side: Rates(one_core_s=at_once[side], one_thread_s=alone(side, 1), two_threads_s=alone(side, 2))
-        for side in SIDES
-    }
+    rates = {}
+    for side in SIDES:
+        two_cores_s, number = min((alone(side, number), number) for number in threads[side])
+        rates[side] = Rates(one_core_s=at_once[side], two_cores_s=two_cores_s, threads=number)
+    return rates
 
 
 def _seconds(
@@ -178,9 +181,9 @@ def _table(
     rollouts = sizes.steps * sizes.prompts * sizes.group_size
     lines = [
         f"{rollouts:,} rollouts in {sizes.steps} batches",
-        f"{'s/batch':<14}{'a core each':>12}{'both, 1 thread':>16}{'2 threads':>11}",
+        f"{'s/batch':<14}{'a core each':>12}{'both cores':>12}{'with threads':>14}",
         *(
-            f"{side:<14}{found.one_core_s:>12.3f}{found.one_thread_s:>16.3f}{found.two_threads_s:>11.3f}"
+            f"{side:<14}{found.one_core_s:>12.3f}{found.two_cores_s:>12.3f}{found.threads:>14}"
             for side, found in rates.items()
         ),
         f"{'mode':<14}{'s':>8}{'s/batch':>10}{'speed-up':>10}{'trainer idle':>14}{'rollout idle':>14}{'staleness':>11}",

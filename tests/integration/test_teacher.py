@@ -25,7 +25,7 @@ from rlsys.errors import EngineLost, RequestRefused, TeacherFailed, WaitTimeout
 from rlsys.records import RolloutGroup, TeacherScores
 from rlsys.rollout.teacher import TaughtScorer, TeacherSettings, teacher_environment
 from tests.builders import make_group
-from tests.integration.tiny_architectures import ARCHITECTURES, VOCAB_SIZE, make_folder
+from tests.models.tiny_architectures import ARCHITECTURES, VOCAB_SIZE, make_folder
 
 pytestmark = pytest.mark.engines
 

@@ -25,6 +25,7 @@ from rlsys.records import Sample, TeacherScores, Version
 from rlsys.train.critic import CriticPlan
 from rlsys.train.objective import Divergence, Objective, Teaching
 from rlsys.train.terms import Term
+from rlsys.weights.tcp import free_port
 from tests.laws.learner_ranks import TEMPERATURE, VOCABULARY, Outcome, Ranks, is_time, make_groups, section
 
 pytestmark = pytest.mark.engines
@@ -34,7 +35,7 @@ EXACT = 1e-5
 MEASURED = {"actor/pg_loss", "actor/kl_loss", "critic/vf_loss", "critic/kl", "teacher/reverse_kl"}
 PLAIN = Objective(loss=POLICY_LOSSES["reinforce"], correction=CORRECTIONS["none"])
 # data-parallel ranks, ZeRO stage, token budget, processes of tensor parallel
-LAYOUTS = ((1, 0, 4096, 1), (1, 0, 64, 1), (2, 2, 64, 1), (2, 3, 150, 1))
+LAYOUTS = ((1, 0, 4096, 1), (1, 0, 64, 1), (2, 3, 150, 1))
 CUT = ((1, 0, 64, 2), (1, 3, 150, 2))
 
 
@@ -132,7 +133,7 @@ def test_gradient_is_the_same_in_any_layout(ranks, model_path, samples, kind):
     critic = critic_plan(model_path) if kind == "critic" else None
     outcomes = [
         run(ranks, model_path, samples, layout, KINDS[kind], critic=critic, batches=2, steps=2)
-        for layout in (*LAYOUTS, *CUT)
+        for layout in (*LAYOUTS, CUT[1])
     ]
     first = change(outcomes[0])
     for outcome in outcomes[1:]:
@@ -380,11 +381,3 @@ def test_everything_around_the_policy_goes_on_where_it_was_saved(
     for mine, theirs in zip(life(then, 1, str(saved), None), whole[1:], strict=True):
         assert mine == (theirs if then == zero_stage else pytest.approx(theirs, abs=1e-5, rel=1e-4))
     assert whole[2]["actor/kl_coef"] != whole[0]["actor/kl_coef"]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

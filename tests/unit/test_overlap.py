@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlsys.bench import overlap
 from rlsys.bench.fixed_lengths import FixedLengths, answer_length, parity
 from rlsys.bench.overlap import SIZES, Rates, figures_of
 from rlsys.bench.overlap_runs import MODES, ModeFigures, batches_of, config_of, inputs_of, lengths_of, mode_figures
@@ -48,7 +49,8 @@ def test_an_answer_has_at_least_one_token_and_at_most_the_limit(rollout_id, long
 
 def test_a_length_is_the_same_in_another_process():
     code = (
-        "from rlsys.bench.fixed_lengths import answer_length as f; print([f(f'sums:0:{i}#0/2', 400) for i in (3, 4)])"
+        "from rlsys.bench import overlap
+from rlsys.bench.fixed_lengths import answer_length as f; print([f(f'sums:0:{i}#0/2', 400) for i in (3, 4)])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     here = [answer_length(f"sums:0:{index}#0/2", 400) for index in (3, 4)]
@@ -102,10 +104,22 @@ def test_threads_are_cores_of_their_side(tmp_path):
     assert (config.rollout.cpus_per_replica, config.train.cpus_per_rank) == (1, 2)
 
 
-@pytest.mark.parametrize(("one_thread_s", "two_threads_s", "threads"), [(1.0, 0.9, 2), (1.0, 1.1, 1)])
-def test_a_side_of_a_synchronous_run_has_as_many_threads_as_it_is_faster_with(one_thread_s, two_threads_s, threads):
-    found = Rates(one_core_s=0.1, one_thread_s=one_thread_s, two_threads_s=two_threads_s)
-    assert found.threads == threads and found.two_cores_s == min(one_thread_s, two_threads_s)
+def test_on_both_cores_a_side_has_as_many_threads_as_it_is_faster_with(monkeypatch, tmp_path):
+    alone = {("engine", 1): 1.0, ("engine", 2): 1.1, ("learner", 1): 1.0, ("learner", 2): 0.6}
+
+    def seconds(sides, *_):
+        return {side: 0.2 if len(sides) == 2 else alone[side, cores.threads] for side, cores in sides.items()}
+
+    monkeypatch.setattr(overlap, "_seconds", seconds)
+    threads = {"engine": (1, 2), "learner": (1, 2)}
+    found = overlap._rates(SIZES, range(3), tmp_path, tmp_path, threads=threads)
+    assert found["engine"] == Rates(one_core_s=0.2, two_cores_s=1.0, threads=1)
+    assert found["learner"] == Rates(one_core_s=0.2, two_cores_s=0.6, threads=2)
+
+
+def test_a_rate_is_the_mean_of_what_was_measured_before_and_after_the_runs():
+    before, after = Rates(one_core_s=1.0, two_cores_s=0.5, threads=2), Rates(one_core_s=1.5, two_cores_s=0.7, threads=2)
+    assert before.mean(after) == Rates(one_core_s=1.25, two_cores_s=pytest.approx(0.6), threads=2)
 
 
 def _steps() -> list[dict[str, float]]:
@@ -162,11 +176,11 @@ def test_the_ceiling_is_one_side_after_the_other_on_both_cores_over_the_slower_o
     }
     figures = figures_of(
         modes,
-        engine=Rates(one_core_s=1.2, one_thread_s=1.9, two_threads_s=2.1),
-        learner=Rates(one_core_s=1.0, one_thread_s=0.9, two_threads_s=0.5),
+        engine=Rates(one_core_s=1.2, two_cores_s=1.9, threads=1),
+        learner=Rates(one_core_s=1.0, two_cores_s=0.5, threads=2),
     )
     assert figures["speedup_async_over_sync"] == pytest.approx(3.0 / 1.5)
-    assert figures["ceiling"] == pytest.approx((1.9 + 0.5) / 1.2)  # with the faster number of threads
+    assert figures["ceiling"] == pytest.approx((1.9 + 0.5) / 1.2)
     assert figures["share_of_ceiling"] == pytest.approx(2.0 / 2.0)
     assert figures["slower_to_partial"] == pytest.approx(1.2 / 1.5)
     assert (figures["idle/trainer"], figures["idle/rollout"]) == (0.2, 0.1)

@@ -19,9 +19,9 @@ from rlsys.rollout.engine import GenerateRequest
 from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
 from rlsys.weights.probe import probe_sequences
 from rlsys.weights.segment import SegmentWriter, segment_path
-from tests.integration.tiny_architectures import ARCHITECTURES, VOCAB_SIZE, make_folder
 from tests.laws.learner_ranks import Outcome, Ranks, make_groups, section
 from tests.laws.test_gradient import OLDEST_STEP, VERSION, packed, reference_logprobs
+from tests.models.tiny_architectures import ARCHITECTURES, VOCAB_SIZE, make_folder
 
 pytestmark = pytest.mark.engines
 

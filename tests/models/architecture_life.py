@@ -38,7 +38,7 @@ from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
 from rlsys.weights.owner import end_with_owner
 from rlsys.weights.probe import probe_sequences
 from rlsys.weights.segment import SegmentWriter, segment_path
-from tests.integration.tiny_architectures import MAX_POSITIONS
+from tests.models.tiny_architectures import MAX_POSITIONS
 
 DEADLINE_S = 240.0
 # the second is so much longer that two rollouts of the first share a row of its length

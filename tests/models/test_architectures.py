@@ -19,8 +19,8 @@ from rlsys.config.load import apply_overrides
 from rlsys.config.schema import Config
 from rlsys.plan.model_folder import check_model_folder, check_vocabulary, load_tokenizer
 from rlsys.records import Rollout, StopReason
-from tests.integration.architecture_life import Life, Lives
-from tests.integration.tiny_architectures import ARCHITECTURES, BOS, TURN_START, make_folder
+from tests.models.architecture_life import Life, Lives
+from tests.models.tiny_architectures import ARCHITECTURES, BOS, TURN_START, make_folder
 
 pytestmark = [pytest.mark.engines, pytest.mark.parametrize("name", ARCHITECTURES)]
 
