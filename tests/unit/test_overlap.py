@@ -49,8 +49,7 @@ def test_an_answer_has_at_least_one_token_and_at_most_the_limit(rollout_id, long
 
 def test_a_length_is_the_same_in_another_process():
     code = (
-        "from rlsys.bench import overlap
-from rlsys.bench.fixed_lengths import answer_length as f; print([f(f'sums:0:{i}#0/2', 400) for i in (3, 4)])"
+        "from rlsys.bench.fixed_lengths import answer_length as f; print([f(f'sums:0:{i}#0/2', 400) for i in (3, 4)])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     here = [answer_length(f"sums:0:{index}#0/2", 400) for index in (3, 4)]
