@@ -17,6 +17,7 @@ Order = tuple[int, Prompt, Member, PlaySpec]  # the number is the mailbox's own
 Ended = tuple[int, Played]
 
 GATHER_S = 0.02  # what ends so soon after another one comes back in the same call
+MOST_GATHER_S = 0.1  # the same, while the engine is full without it
 
 
 class Mailbox:
@@ -97,10 +98,14 @@ class Mailbox:
 
 
 class Tray:
-    """The worker's end: rollouts that are being played, and those that have ended and were not yet collected."""
+    """The worker's end: rollouts that are being played, and those that have ended and were not yet collected.
 
-    def __init__(self, player: Player, clock: Clock) -> None:
-        self._player, self._clock = player, clock
+    Args:
+        slots: of the engine. While as many are being played, what has ended makes no room that could be used.
+    """
+
+    def __init__(self, player: Player, clock: Clock, slots: int) -> None:
+        self._player, self._clock, self._slots = player, clock, slots
         self._playing: dict[int, asyncio.Task[None]] = {}
         self._ended: list[Ended] = []
         self._failure: BaseException | None = None
@@ -118,7 +123,10 @@ class Tray:
         """What has ended since the last call, at least one, and what ends a moment later. Raises what playing raised:
         then the worker is of no more use."""
         await self._something.wait()
+        latest_s = self._clock.now() + MOST_GATHER_S
         if self._playing:  # else there is nothing to wait for
+            await self._clock.sleep(GATHER_S)
+        while len(self._playing) >= self._slots and self._failure is None and self._clock.now() < latest_s:
             await self._clock.sleep(GATHER_S)
         if self._failure is not None:
             raise self._failure

@@ -39,7 +39,8 @@ class RolloutActor:
         self._engine = VllmEngine(name, settings, self._sender)
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
         played_on, clock = self.played_on(self._engine), WallClock()
-        self._tray = Tray(Player(played_on, name, make_env=SingleTurn, tokenizer=tokenizer, clock=clock), clock)
+        player = Player(played_on, name, make_env=SingleTurn, tokenizer=tokenizer, clock=clock)
+        self._tray = Tray(player, clock, settings.slots)
 
     def played_on(self, engine: Engine) -> Engine:
         """What stands between the rollouts and the engine: nothing, but in a subclass."""

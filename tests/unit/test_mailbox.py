@@ -39,10 +39,10 @@ class Call:
 class Worker:
     """Plays the member of a name in as many seconds as the name says; "lost" is lost."""
 
-    def __init__(self, clock: VirtualClock) -> None:
+    def __init__(self, clock: VirtualClock, slots: int = 100) -> None:
         self._clock = clock
         self.stopped: list[str] = []
-        self._tray = Tray(self, clock)  # type: ignore[arg-type]
+        self._tray = Tray(self, clock, slots)  # type: ignore[arg-type]
         self.begin, self.ended = Call(clock, self._begin), Call(clock, self._tray.ended)
 
     async def _begin(self, orders: Any, cancelled: Any) -> None:
@@ -116,6 +116,29 @@ def test_what_ends_in_one_moment_comes_back_in_one_call() -> None:
     gathered_s = 1.0 + GATHER_S
     wanted = [gathered_s, gathered_s, 2.0 + GATHER_S, ends_s[-1]]  # for the last one of all nothing is waited
     assert times == pytest.approx([seconds + 2 * CALL_S for seconds in wanted])
+
+
+@pytest.mark.parametrize(
+    ("slots", "returned_s"),
+    [
+        (1, [1.11, 1.11, 1.11, 2.01]),  # full with the last one alone: for as long as may be
+        (2, [1.09, 1.09, 1.09, 2.01]),  # until there is room
+        (4, [1.03, 1.075, 1.115, 2.01]),  # there is room at once
+    ],
+)
+def test_while_the_engine_is_full_what_has_ended_waits_for_more(slots: int, returned_s: list[float]) -> None:
+    clock = VirtualClock()
+
+    async def main() -> list[float]:
+        mailbox = Mailbox(Worker(clock, slots), "e0")
+
+        async def ended_s(seconds: float) -> float:
+            await mailbox.play(make_prompt(), Member(name=str(seconds)), SPEC)
+            return clock.now()
+
+        return await asyncio.gather(*map(ended_s, [0.99, 1.035, 1.065, 1.99]))
+
+    assert clock.run(main()) == pytest.approx(returned_s)
 
 
 def test_what_is_cancelled_is_stopped_over_there_and_the_others_go_on() -> None:
