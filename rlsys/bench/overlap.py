@@ -57,7 +57,7 @@ from rlsys.bench.sides import SIDES, Cores, Side, measure_sides, on_cores
 
 # Few slots, as an engine has whose cache is small: it samples for longer than the learner trains, and at every new
 # version few contexts are computed again. Many batches: the first one and the last one overlap with nothing.
-SIZES = Sizes(steps=24, prompts=8, group_size=8, slots=10, longest=400, tokens_per_microbatch=4096, width=256, layers=6)
+SIZES = Sizes(steps=24, prompts=8, group_size=8, slots=8, longest=400, tokens_per_microbatch=4096, width=256, layers=6)
 BOTH = tuple(range(CORES))
 AT_ONCE: Mapping[Side, Cores] = {
     side: Cores(which=(core,), threads=1, by_batch=False) for core, side in enumerate(SIDES)
