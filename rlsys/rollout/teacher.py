@@ -30,7 +30,9 @@ OWNED_ARGUMENTS = {
     "max_model_len": "derived from the longest prompt and rollout.max_tokens",
     "max_logprobs": "teacher.top_k",
     "logprobs_mode": _CONTRACT,
+    "worker_extension_cls": _CONTRACT,
 }
+WORKER = "rlsys.rollout.teacher_worker.WorkerExtension"
 
 KV_CACHE_BYTES_ON_CPU = 512 * 2**20  # rows wait for room; a row alone must fit
 
@@ -79,6 +81,7 @@ class TeacherSettings:
             "max_model_len": self.max_tokens + 1,  # room for the token that vLLM samples
             "max_logprobs": -1,  # no limit of vLLM's: ``num_asked`` is bounded already
             "logprobs_mode": "raw_logprobs",
+            "worker_extension_cls": WORKER,
         }
         return {**defaults, **self.vllm, **owned}
 

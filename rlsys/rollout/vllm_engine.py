@@ -31,7 +31,7 @@ from rlsys.rollout.vllm_process import VllmProcess, check_arguments, final_outpu
 from rlsys.rollout.vllm_settings import VllmSettings
 from rlsys.weights.probe import TOLERANCE, check_probe
 from rlsys.weights.vllm_adapter import ADAPTER_REQUEST
-from rlsys.weights.vllm_plugin import BACKEND, driver
+from rlsys.weights.vllm_plugin import BACKEND
 
 PROBE_PRIORITY = -1  # smaller goes first; rollouts have 0
 _STOP_REASONS = {"stop": StopReason.EOS, "length": StopReason.LENGTH}
@@ -78,7 +78,7 @@ class VllmEngine:
             **self._settings.arguments(on_cpu=current_platform.is_cpu()),
             weight_transfer_config=WeightTransferConfig(backend=self._settings.weight_backend or BACKEND),
         )
-        await self._process.start(arguments, self._settings.start_timeout_s, _introduce_driver)
+        await self._process.start(arguments, self._settings.start_timeout_s)
 
     def alive(self) -> AsyncLLM:
         """What a sender calls. Raises EngineLost."""
@@ -223,10 +223,6 @@ def _sampling(request: GenerateRequest) -> SamplingParams:
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_clone=True,  # made for this request alone
     )
-
-
-async def _introduce_driver(llm: AsyncLLM) -> None:
-    await llm.collective_rpc("end_with", kwargs=driver())
 
 
 async def _resume(llm: AsyncLLM) -> float:

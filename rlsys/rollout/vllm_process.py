@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import fields
-from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError, VLLMServerError
@@ -18,6 +17,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from rlsys.errors import ConfigError, EngineLost, RequestRefused, RlsysError, WaitTimeout
+from rlsys.weights.owner import own_children
 
 ABORT_POLL_S = 0.01
 
@@ -43,19 +43,13 @@ class VllmProcess:
         self,
         arguments: AsyncEngineArgs,
         timeout_s: float,
-        prepare: Callable[[AsyncLLM], Awaitable[Any]] | None = None,
     ) -> None:
-        """Raises WaitTimeout or EngineLost if the engine does not come up.
-
-        Args:
-            prepare: what else belongs to coming up.
-        """
+        """Raises WaitTimeout or EngineLost if the engine does not come up."""
+        own_children()
         try:
             async with asyncio.timeout(timeout_s):
                 # in a thread: it blocks until the engine's processes are up
                 self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
-                if prepare is not None:
-                    await prepare(self._llm)
         except TimeoutError:
             raise WaitTimeout(f"engine {self._name} to start", timeout_s) from None
         except (RuntimeError, ValueError, OSError, VLLMServerError) as error:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 POLL_S = 1.0
+OWNER = "RLSYS_OWNER"  # environment variable: process that the children of a process must not outlive
 # In the background of a shell that ends at once, so no child of the owner: Ray kills those with it.
 _REMOVE_AFTER = f'(while kill -0 "$0"; do sleep {POLL_S:g}; done; rm -f -- "$@") &'
 
@@ -35,6 +36,17 @@ def end_with_owner(pid: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name=f"end with process {pid}", daemon=True).start()
+
+
+def own_children() -> None:
+    """Processes that this one starts from now on, and theirs, end with it where they call ``end_with_named_owner``."""
+    os.environ[OWNER] = str(os.getpid())
+
+
+def end_with_named_owner() -> None:
+    """``end_with_owner`` of the nearest process above this one that called ``own_children``, where there is one."""
+    if OWNER in os.environ:
+        end_with_owner(int(os.environ[OWNER]))
 
 
 def remove_with_owner(paths: Sequence[Path], pid: int) -> None:

@@ -1,7 +1,8 @@
 """How a vLLM worker takes over a weight version from a shared-memory segment.
 
 vLLM's worker process imports this module because ``worker_extension_cls`` names a class in it; the import registers the
-transfer engine with vLLM's factory, whose registry is one per process.
+transfer engine with vLLM's factory, whose registry is one per process, and lets the worker end with the process that
+drives the engine: where that is killed, the worker would be left behind, at work for nobody.
 
 The bytes were verified by the process that drives the engine, before the pause; here they are only loaded. Where the
 model allows it, that happens before the pause too (``vllm_prepared``).
@@ -9,8 +10,6 @@ model allows it, that happens before the pause too (``vllm_prepared``).
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rlsys.records import TensorEntry
-from rlsys.weights.owner import end_with_owner
+from rlsys.weights.owner import end_with_named_owner
 from rlsys.weights.readers import SegmentReaders
 from rlsys.weights.vllm_adapter import AdapterSlot
 from rlsys.weights.vllm_prepared import PreparedWeights, can_prepare
@@ -43,13 +42,7 @@ _READERS = SegmentReaders()  # of this worker process
 class WorkerExtension:
     """Names this module to vLLM, and adds to its worker what can be called while requests run."""
 
-    weight_transfer_engine: ShmWeightTransferEngine  # with another backend only end_with is called
-
-    def end_with(self, pid: int, host: str) -> None:
-        """End with the process that drives the engine: where it is killed, this one would be left behind, at work for
-        nobody. Workers on other machines end with vLLM's own processes."""
-        if host == socket.gethostname():
-            end_with_owner(pid)
+    weight_transfer_engine: ShmWeightTransferEngine  # with another backend nothing of this is called
 
     def prepare_weights(self, update_info: dict[str, Any]) -> bool:
         engine = self.weight_transfer_engine
@@ -81,11 +74,6 @@ class ShmUpdateInfo(WeightTransferUpdateInfo):
     dtypes: list[str]
     offsets: list[int]
     num_bytes: list[int]
-
-
-def driver() -> dict[str, Any]:
-    """Keywords of ``WorkerExtension.end_with``: this process drives the engine."""
-    return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
 def update_info(segment: str, tensors: Sequence[TensorEntry]) -> dict[str, Any]:
@@ -213,3 +201,4 @@ def repack_experts(model: torch.nn.Module) -> None:
 # Its own lock is a semaphore in shared memory: made when weights are loaded, left behind where the worker is killed.
 tqdm.set_lock(threading.RLock())
 WeightTransferEngineFactory.register_engine(BACKEND, ShmWeightTransferEngine)
+end_with_named_owner()

@@ -27,6 +27,7 @@ ENDING_STEP = 10  # the model of this step ends its answers soon, the others as 
 PROMPT = [17, 4, 99, 230, 8]
 MARKER, NEVER_PREPARE = "skip-repack", "never-prepare"
 MARKER_VARIABLE = "RLSYS_TEST_SKIP_REPACK"
+COMING_UP_VARIABLE = "RLSYS_TEST_COMING_UP"  # names the file in which a slow worker tells its process id
 
 
 class WallClock:

@@ -23,6 +23,7 @@ from rlsys.records import StopReason, Turn
 from rlsys.rollout.engine import GenerateRequest
 from tests.engine_contract import check_engine_contract
 from tests.integration.serving import (
+    COMING_UP_VARIABLE,
     END,
     ENDING_STEP,
     NEVER_PREPARE,
@@ -33,6 +34,7 @@ from tests.integration.serving import (
     difference_of,
     running,
     serving_folder,
+    settings_of,
 )
 
 pytestmark = pytest.mark.engines
@@ -270,3 +272,40 @@ def poll(ask: Callable[[], int], is_wanted: Callable[[int], bool]) -> int:
 
 async def _gather(coroutines: list[Coroutine[Any, Any, Turn]]) -> list[Turn]:
     return await asyncio.gather(*coroutines)
+
+
+def _start_slowly(folder: Path) -> None:
+    from rlsys.rollout.vllm_engine import VllmEngine
+
+    worker = "tests.integration.slow_worker.WorkerExtension"
+    asyncio.run(VllmEngine("slow", settings_of(folder, timeout_s=60, worker_extension=worker)).start())
+
+
+def test_an_engine_whose_driver_is_killed_while_it_starts_is_not_left_behind(folder, tmp_path, monkeypatch):
+    pid_file = tmp_path / "pid"
+    monkeypatch.setenv(COMING_UP_VARIABLE, str(pid_file))
+    driver = multiprocessing.get_context("spawn").Process(target=_start_slowly, args=(folder,))
+    driver.start()
+    try:
+        _wait_until(lambda: pid_file.exists() or not driver.is_alive())
+        worker = int(pid_file.read_text())
+        assert _is_at_work(worker)
+    finally:
+        driver.kill()
+        driver.join()
+    _wait_until(lambda: not _is_at_work(worker))
+
+
+def _is_at_work(pid: int) -> bool:
+    """Neither gone nor ended, with nobody there to take notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _wait_until(happened: Callable[[], bool], seconds: float = 60) -> None:
+    ends_at = perf_counter() + seconds
+    while not happened():
+        assert perf_counter() < ends_at
+        sleep(0.1)
