@@ -1,4 +1,4 @@
-"""What a teacher's worker process imports, because vLLM's ``worker_extension_cls`` names a class in it: it ends with the
+"""What a teacher's worker process imports, since vLLM's ``worker_extension_cls`` names a class in it: it ends with the
 process that drives the engine."""
 
 from __future__ import annotations
