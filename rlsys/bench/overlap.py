@@ -3,7 +3,7 @@
 The same questions, answers of the same lengths and the same optimizer steps, on real engines, in four modes:
 
     synchronous     a batch is sampled, trained and published, then the next one; each side has both cores, the learner
-                    as many threads as it is faster with by itself, the engine one or two: two runs, the faster counts
+                    as many threads as it is faster with by itself, the engine one or two, whichever run is faster
     one_step_off    one batch is sampled while the one before is trained, a core each; rollouts under way end before new
                     weights come, and new ones wait meanwhile
     asynchronous    the same, up to four batches ahead
@@ -22,8 +22,8 @@ where the sides were measured without anything between them. On both cores each 
 one thread or with two, whichever is faster, and the engine is given a batch when the one before has ended: what a
 synchronous run does. On a core each they work at once, as they do when they overlap: cores share caches and the way to
 the memory, and on some machines two busy ones are a quarter slower than one; the engine has as many rollouts in hand as
-in a run. All is measured on the first half of the list before the runs, and on the second one after them: machines get
-faster and slower in minutes.
+in a run. Machines get faster and slower in minutes, those that are shared by a quarter and more: so what the figures
+are made of is measured twice, some minutes apart, the sides before and after the runs, and the faster time counts.
 
 A synchronous run pays for the controller on top of its rates, step by step, and an overlapping one beside them: so the
 share may be above 1 though a batch of ``partial`` takes longer than its slower side, as ``slower_to_partial`` tells.
@@ -41,8 +41,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlsys.bench.overlap_runs import (
+    ASYNCHRONOUS,
     CORES,
     MODES,
+    ONE_STEP_OFF,
     PARTIAL,
     SYNCHRONOUS,
     ModeFigures,
@@ -62,6 +64,14 @@ BOTH = tuple(range(CORES))
 AT_ONCE: Mapping[Side, Cores] = {
     side: Cores(which=(core,), threads=1, by_batch=False) for core, side in enumerate(SIDES)
 }
+RUNS = (  # mode, threads of the engine
+    (SYNCHRONOUS, 1),
+    (ONE_STEP_OFF, 1),
+    (PARTIAL, 1),
+    (SYNCHRONOUS, 2),
+    (ASYNCHRONOUS, 1),
+    (PARTIAL, 1),
+)
 SHARE_WANTED, SPEEDUP_WANTED = 0.9, 1.5
 
 
@@ -79,12 +89,12 @@ class Rates:
     two_cores_s: float
     threads: int
 
-    def mean(self, other: Rates) -> Rates:
+    def faster(self, other: Rates) -> Rates:
         """Of two measurements with as many threads."""
         return replace(
             self,
-            one_core_s=(self.one_core_s + other.one_core_s) / 2,
-            two_cores_s=(self.two_cores_s + other.two_cores_s) / 2,
+            one_core_s=min(self.one_core_s, other.one_core_s),
+            two_cores_s=min(self.two_cores_s, other.two_cores_s),
         )
 
 
@@ -99,24 +109,18 @@ def measure(sizes: Sizes = SIZES) -> Report:
     with on_cores(BOTH), tempfile.TemporaryDirectory(prefix="rlsys-overlap-") as name:
         root, model_path = Path(name), Path(name) / "model"
         make_model(model_path, sizes)
-        half = sizes.steps // 2  # of an even number
-        before = _rates(sizes, range(half), root / "before", model_path, threads=dict.fromkeys(SIDES, (1, 2)))
-        faster = {side: found.threads for side, found in before.items()}
-        runs = {
-            threads: _run(SYNCHRONOUS, sizes, root / f"{threads}", model_path, threads, faster["learner"])
-            for threads in (1, 2)
-        }
-        engine_threads = min(runs, key=lambda threads: runs[threads].wall_s)
-        others = {mode: _run(mode, sizes, root, model_path) for mode in MODES if mode != SYNCHRONOUS}
-        modes = {SYNCHRONOUS: runs[engine_threads]} | others
-        only = {side: (number,) for side, number in faster.items()}
-        after = _rates(sizes, range(half, sizes.steps), root / "after", model_path, threads=only)
-    rates = {side: found.mean(after[side]) for side, found in before.items()}  # of as many batches
+        before = _rates(sizes, root / "before", model_path, threads=dict.fromkeys(SIDES, (1, 2)))
+        learner_threads = before["learner"].threads
+        runs: dict[str, list[ModeFigures]] = {mode: [] for mode in MODES}
+        for number, (mode, engine_threads) in enumerate(RUNS):
+            threads = {"engine_threads": engine_threads, "learner_threads": learner_threads}
+            config = config_of(mode, sizes, root / str(number), **(threads if mode == SYNCHRONOUS else {}))
+            runs[mode].append(run_mode(config, inputs_of(config, model_path)))
+        only = {side: (found.threads,) for side, found in before.items()}
+        after = _rates(sizes, root / "after", model_path, threads=only)
+    rates = {side: found.faster(after[side]) for side, found in before.items()}
+    modes = {mode: min(found, key=lambda figures: figures.wall_s) for mode, found in runs.items()}
     figures = figures_of(modes, **rates)
-    figures |= {
-        f"{SYNCHRONOUS}/engine_threads": float(engine_threads),
-        f"{SYNCHRONOUS}/learner_threads": float(faster["learner"]),
-    }
     return Report(figures=figures, table=_table(sizes, modes, rates, figures))
 
 
@@ -154,22 +158,13 @@ def figures_of(modes: Mapping[str, ModeFigures], *, engine: Rates, learner: Rate
     }
 
 
-def _run(
-    mode: str, sizes: Sizes, root: Path, model_path: Path, engine_threads: int = 1, learner_threads: int = 1
-) -> ModeFigures:
-    config = config_of(mode, sizes, root, engine_threads=engine_threads, learner_threads=learner_threads)
-    return run_mode(config, inputs_of(config, model_path))
-
-
-def _rates(
-    sizes: Sizes, part: range, folder: Path, model_path: Path, *, threads: Mapping[Side, Sequence[int]]
-) -> dict[Side, Rates]:
+def _rates(sizes: Sizes, folder: Path, model_path: Path, *, threads: Mapping[Side, Sequence[int]]) -> dict[Side, Rates]:
     """On both cores with whichever number of those threads is the fastest."""
-    at_once = _seconds(AT_ONCE, sizes, part, folder, model_path)
+    at_once = _seconds(AT_ONCE, sizes, folder, model_path)
 
     def alone(side: Side, number: int) -> float:
         sides = {side: Cores(which=BOTH, threads=number, by_batch=True)}
-        return _seconds(sides, sizes, part, folder.with_name(f"{folder.name}-{side}-{number}"), model_path)[side]
+        return _seconds(sides, sizes, folder.with_name(f"{folder.name}-{side}-{number}"), model_path)[side]
 
     rates = {}
     for side in SIDES:
@@ -178,12 +173,10 @@ def _rates(
     return rates
 
 
-def _seconds(
-    sides: Mapping[Side, Cores], sizes: Sizes, part: range, folder: Path, model_path: Path
-) -> dict[Side, float]:
+def _seconds(sides: Mapping[Side, Cores], sizes: Sizes, folder: Path, model_path: Path) -> dict[Side, float]:
     """A batch."""
-    found = measure_sides(sides, config_of(PARTIAL, sizes, folder), model_path, part=part, folder=folder)
-    return {side: seconds / len(part) for side, seconds in found.items()}
+    found = measure_sides(sides, config_of(PARTIAL, sizes, folder), model_path, folder=folder)
+    return {side: seconds / sizes.steps for side, seconds in found.items()}
 
 
 def _table(

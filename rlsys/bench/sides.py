@@ -73,14 +73,11 @@ class Cores:
     by_batch: bool
 
 
-def measure_sides(
-    sides: Mapping[Side, Cores], config: Config, model_path: Path, *, part: range, folder: Path
-) -> dict[Side, float]:
-    """Wall seconds of each side for some batches of the list of ``config``, start-up left out. They begin at once, and
+def measure_sides(sides: Mapping[Side, Cores], config: Config, model_path: Path, *, folder: Path) -> dict[Side, float]:
+    """Wall seconds of each side for the batches of the list of ``config``, start-up left out. They begin at once, and
     who is done goes on with the same work until all are, so that nobody is measured beside an idle core.
 
     Args:
-        part: numbers of the batches.
         folder: for the files of this measurement; is made.
 
     Raises:
@@ -90,7 +87,7 @@ def measure_sides(
     folder.mkdir()
     with ExitStack() as stack:
         started = [
-            stack.enter_context(_started(side, cores, config, model_path, part=part, folder=folder / side))
+            stack.enter_context(_started(side, cores, config, model_path, folder=folder / side))
             for side, cores in sides.items()
         ]
         for process in started:
@@ -149,13 +146,10 @@ class _Process:
 
 
 @contextmanager
-def _started(
-    side: Side, cores: Cores, config: Config, model_path: Path, *, part: range, folder: Path
-) -> Iterator[_Process]:
+def _started(side: Side, cores: Cores, config: Config, model_path: Path, *, folder: Path) -> Iterator[_Process]:
     folder.mkdir()
     (folder / CONFIG).write_text(config.model_dump_json(), encoding="utf-8")
-    numbers = map(str, (part.start, part.stop, int(cores.by_batch)))
-    command = [sys.executable, "-m", __name__, side, str(folder), str(model_path), *numbers]
+    command = [sys.executable, "-m", __name__, side, str(folder), str(model_path), str(int(cores.by_batch))]
     environment = os.environ | engine_environment(cpus=cores.threads, gpus=0)
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         with on_cores(cores.which):
@@ -171,10 +165,10 @@ def _started(
 # --- in the process of one side --------------------------------------------------------------------------------------
 
 
-def main(side: Side, folder: Path, model_path: Path, part: range, by_batch: bool) -> None:
+def main(side: Side, folder: Path, model_path: Path, by_batch: bool) -> None:
     config = Config.model_validate_json((folder / CONFIG).read_text(encoding="utf-8"))
     inputs = inputs_of(config, model_path)
-    batches = batches_of(config, inputs)[part.start : part.stop]
+    batches = batches_of(config, inputs)
     if side == "engine":
         together = [[batch] for batch in batches] if by_batch else [batches]
         asyncio.run(_sample_all(config, inputs, together, folder))
@@ -309,5 +303,5 @@ def _answered(prompt: Prompt, config: Config, tokenizer: Any, step: int) -> Roll
 
 
 if __name__ == "__main__":
-    which, folder_name, model_name, start, stop, one_by_one = sys.argv[1:]
-    main(which, Path(folder_name), Path(model_name), range(int(start), int(stop)), one_by_one == "1")  # type: ignore[arg-type]
+    which, folder_name, model_name, one_by_one = sys.argv[1:]
+    main(which, Path(folder_name), Path(model_name), one_by_one == "1")  # type: ignore[arg-type]
