@@ -30,6 +30,7 @@ from rlsys.train.compiled_ops import load_needed_op
 from rlsys.train.critic import Critic, CriticPlan
 from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.experts import Routers
+from rlsys.train.export import host_copies
 from rlsys.train.head import LeanHead, give_logits_in_float32
 from rlsys.train.logprobs import TokenLogprobs, logprobs_by
 from rlsys.train.lora import base_of, leaves_base_alone
@@ -274,11 +275,7 @@ class LearnerRank:
     def save_hf(self, folder: str) -> None:
         """Write the model as a plain Hugging Face folder (rank 0 writes, every rank takes part)."""
         weights: dict[str, Tensor] = {}
-        self.export(
-            lambda bucket: weights.update(
-                {name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket.items()}
-            )
-        )
+        self.export(lambda bucket: weights.update(host_copies(bucket)))
         if self._rank == 0:
             save_model(base_of(self._policy.module), weights, self._model_path, folder)
 
