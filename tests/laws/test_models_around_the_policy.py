@@ -164,6 +164,7 @@ def test_adapters_learn_the_same_in_any_layout_and_leave_as_whole_weights(ranks,
         )
         for number, layout in enumerate(LAYOUTS)
     ]
+    last = len(LAYOUTS) - 1  # under ZeRO-3
     moved = change(outcomes[0])
     for outcome in outcomes[1:]:
         assert difference(change(outcome), moved) <= 20 * EXACT
@@ -174,14 +175,14 @@ def test_adapters_learn_the_same_in_any_layout_and_leave_as_whole_weights(ranks,
     for name, parameter in initial.named_parameters():
         assert np.array_equal(outcomes[0].before[name], parameter.detach().numpy())
         assert np.any(moved[name] != 0.0) == (name.endswith("weight") and any(layer in name for layer in layers)), name
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "3", dtype=torch.float32)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"{last}", dtype=torch.float32)
     with torch.no_grad():
         ids = torch.tensor(probe[0]).long()
         logprobs = torch.log_softmax(saved(ids[None]).logits[0, :-1], -1).gather(1, ids[1:, None])[:, 0]
-        adapted = PeftModel.from_pretrained(initial, tmp_path / "3-adapter")
+        adapted = PeftModel.from_pretrained(initial, tmp_path / f"{last}-adapter")
         by_peft = torch.log_softmax(adapted(ids[None]).logits[0, :-1], -1).gather(1, ids[1:, None])[:, 0]
-    np.testing.assert_allclose(outcomes[3].probe[0][1:], logprobs.numpy(), atol=2e-5)
-    np.testing.assert_allclose(outcomes[3].probe[0][1:], by_peft.numpy(), atol=2e-5)
+    np.testing.assert_allclose(outcomes[last].probe[0][1:], logprobs.numpy(), atol=2e-5)
+    np.testing.assert_allclose(outcomes[last].probe[0][1:], by_peft.numpy(), atol=2e-5)
 
 
 # --- critic
