@@ -75,11 +75,6 @@ class FullWeights:
                 yield named if self._is_as_in_files else revert_weight_conversion(self._model, named)
 
 
-def host_copies(bucket: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a bucket, copied into the host's memory."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket.items()}
-
-
 def _as_they_are(own: dict[str, Parameter]) -> AbstractContextManager[dict[str, Tensor]]:
     return nullcontext({name: parameter.data for name, parameter in own.items()})
 

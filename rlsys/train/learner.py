@@ -30,7 +30,6 @@ from rlsys.train.compiled_ops import load_needed_op
 from rlsys.train.critic import Critic, CriticPlan
 from rlsys.train.deepspeed_config import deepspeed_config
 from rlsys.train.experts import Routers
-from rlsys.train.export import host_copies
 from rlsys.train.head import LeanHead, give_logits_in_float32
 from rlsys.train.logprobs import TokenLogprobs, logprobs_by
 from rlsys.train.lora import base_of, leaves_base_alone
@@ -40,7 +39,7 @@ from rlsys.train.policy import base_below, load_policy
 from rlsys.train.reference import ReferenceBase, ReferenceCopy
 from rlsys.train.sameness import check_is_same_model, has_plain_head, tried
 from rlsys.train.schedule import LearningRate, learning_rate
-from rlsys.train.snapshot import BackgroundWriter
+from rlsys.train.snapshot import BackgroundWriter, host_copies
 from rlsys.train.speed import Speed
 from rlsys.train.terms import MovingTerms
 from rlsys.train.trained import Trained

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlsys.errors import ConfigError
+from rlsys.train.snapshot import host_copies
 
 _NAME = "default"  # of an adapter, where peft is told none
 _PREFIX = "base_model.model"  # of every name in peft's files
@@ -122,7 +123,7 @@ def save_adapter(model: Any, folder: str, *, deepspeed: ModuleType, zero_stage: 
     with deepspeed.zero.GatheredParameters(list(trained.values())) if zero_stage == 3 else nullcontext():
         if rank != 0:
             return
-        whole = {name: parameter.data.to("cpu", copy=True) for name, parameter in trained.items()}
+        whole = host_copies(trained)
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -10,7 +10,7 @@ import copy
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,11 @@ from rlsys.train.checkpoint import Written
 
 _COPY_ERRORS = (RuntimeError, MemoryError)  # no memory: the first is torch's
 _WRITE_ERRORS = (OSError, RuntimeError)  # a full disk is the first to Python's files, the second to torch's own
+
+
+def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors in host memory of their own."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 @dataclass(slots=True)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import resource
-import socket
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from rlsys.batch.cost import BY_TOKENS
 from rlsys.bench.trainer_batches import Sizes, make_samples, packed
 from rlsys.config.schema import TrainSection
+from rlsys.weights.tcp import free_port
 
 DEADLINE_S = 400.0
 VOCABULARY, LENGTH = 4096, 128
@@ -97,9 +97,7 @@ def _step(case: Case, folder: str) -> None:
         seed=0,
         threads=1,
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port("127.0.0.1")
     learner.start(0, 1, "127.0.0.1", port)
     samples = make_samples([LENGTH] * (2 * case.tokens // LENGTH), VOCABULARY)
     sizes = Sizes(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
-import socket
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from rlsys.errors import Diverged
 from rlsys.records import NOT_SAMPLED, Draw, Prompt, Rollout, RolloutGroup, StopReason, Version
 from rlsys.train.critic import CriticPlan
 from rlsys.train.objective import Objective
+from rlsys.weights.tcp import free_port
 
 OBJECTIVE = Objective(loss=ppo_clip, correction=partial(tis, cap=2.0))
 VOCABULARY = 128
@@ -180,9 +180,7 @@ class Ranks:
 
     def run(self, world_size: int, batches: Callable[[int], Sequence[RankBatch]], **keys: Any) -> list[Outcome]:
         """``train_rank`` on ``world_size`` processes at once; ``batches(rank)``: what a data-parallel rank trains."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port("127.0.0.1")
         parts = keys["train"].processes // keys["train"].ranks  # processes in a row that are one data-parallel rank
         for rank, pipe in enumerate(self._pipes[:world_size]):
             pipe.send(dict(rank=rank, world_size=world_size, port=port, batches=batches(rank // parts), **keys))

@@ -7,7 +7,6 @@ import multiprocessing as mp
 import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from rlsys.train.checkpoint import Layout, saved_layout
 from rlsys.train.learner import LearnerRank
 from rlsys.train.objective import Divergence, Objective
 from rlsys.train.resume import check_layout
+from rlsys.weights.tcp import free_port
 from tests.laws.layouts import make_folder
 from tests.laws.learner_ranks import DEADLINE_S, TEMPERATURE, is_time, make_groups, make_model, section, take_copies
 
@@ -146,9 +146,7 @@ def lives(processes) -> Lives:
     """``live`` on so many ranks at once, each in a process of its own."""
 
     def run(world_size: int, *arguments: Any, **keys: Any) -> list[Life]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port("127.0.0.1")
         ranks = [(rank, world_size, port, *arguments) for rank in range(world_size)]
         answers = [processes.apply_async(live, rank, keys) for rank in ranks]
         return [answer.get(timeout=DEADLINE_S) for answer in answers]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import multiprocessing as mp
 import os
-import socket
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from rlsys.rollout.vllm_settings import VllmSettings, engine_environment
 from rlsys.weights.owner import end_with_owner
 from rlsys.weights.probe import probe_sequences
 from rlsys.weights.segment import SegmentWriter, segment_path
+from rlsys.weights.tcp import free_port
 from tests.models.tiny_architectures import MAX_POSITIONS
 
 DEADLINE_S = 240.0
@@ -187,9 +187,7 @@ class _Publisher:
             seed=0,
             threads=1,
         )
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port("127.0.0.1")
         self.learner.start(0, 1, "127.0.0.1", port)
         self._path = segment_path(folder.name, "0")
         self._writer = SegmentWriter(self._path, torch.float32)
